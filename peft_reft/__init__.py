@@ -1,0 +1,15 @@
+"""Representation finetuning (ReFT, Wu et al. 2024, arXiv 2404.03592) as a method of Hugging Face PEFT.
+
+Importing this package registers `PeftType.REFT`; from then on `get_peft_model(model, ReftConfig(...))` and everything
+built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
+"""
+
+from peft_reft.config import ReftConfig
+from peft_reft.layer import ReftLayer
+from peft_reft.model import ReftModel
+from peft_reft.registration import register
+
+register(ReftConfig, ReftModel)
+
+__version__ = "0.1.0"
+__all__ = ["ReftConfig", "ReftLayer", "ReftModel"]

@@ -1,0 +1,193 @@
+"""What a user asks for; every invalid value is refused here, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft.config import PeftConfig
+from transformers.activations import ACT2FN
+
+from peft_reft import positions as pos
+from peft_reft.interventions import INTERVENTIONS
+from peft_reft.registration import ensure_peft_type
+
+COMPONENTS = ("block_output",)
+
+_CARD_HEADING = "## How to load this ReFT adapter"
+_CARD_TEXT = f"""{_CARD_HEADING}
+
+The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
+the import PEFT fails with `KeyError: 'REFT'`.
+
+```python
+import peft_reft  # registers ReFT with PEFT
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("path/or/hub-id/of/this/adapter")
+```
+"""
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """
+    Configuration of a [`ReftModel`]: representation finetuning (Wu et al. 2024, https://arxiv.org/abs/2404.03592).
+
+    The defaults are the paper's recipe for commonsense reasoning where it has one: rank 8, the first and last seven
+    prompt tokens with shared weights, every layer.
+
+    Args:
+        r (`int`):
+            Rank: the dimension of the subspace that is edited, at most the hidden size.
+        positions (`str`):
+            Which tokens are edited: `f<n>` and `l<n>` (first and last n tokens of the prompt), `prompt`, `c<n>` (first
+            n tokens after the prompt), `completion`, `all`, combined with `+`.
+        share_weights (`bool`):
+            Whether one intervention serves all words of `positions` (the paper's "tied") or each has its own.
+        intervention (`str`):
+            The method; `"loreft"`.
+        layers_to_transform (`Union[List[int], int]`):
+            The layers to edit, all by default; negative numbers count from the end. In an encoder-decoder model they
+            apply to both stacks.
+        layers_pattern (`Union[List[str], str]`):
+            Restricts the layers to the stacks of blocks whose name ends so, for instance `"encoder.layers"`.
+        component (`str`):
+            What is edited in a layer: `"block_output"`, the residual stream behind the block.
+        target_modules (`Union[List[str], str]`):
+            Names the modules whose output is edited, in place of `component`. A list matches names and their endings, a
+            string is a regular expression.
+        exclude_modules (`Union[List[str], str]`):
+            Modules to leave out, matched likewise.
+        modules_to_save (`List[str]`):
+            Further modules to train and to save with the adapter, such as a classification head.
+        dropout (`float`):
+            Dropout on the edited representations, in training.
+        act_fn (`str`):
+            Activation on `W h + b`, a name that Transformers knows; none by default.
+        init_weights (`Union[bool, Literal["pyreft"]]`):
+            True: a new adapter does not change the model. `"pyreft"`: random W and b, as pyreft has it. False: random,
+            for tests.
+
+    Raises:
+        ValueError: an unknown or contradictory value; the message names it.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank: the dimension of the subspace that is edited."})
+    positions: str = field(
+        default="f7+l7",
+        metadata={
+            "help": (
+                "Which tokens are edited: f<n>, l<n> (first, last n prompt tokens), prompt, c<n> (first n tokens after "
+                "the prompt), completion, all; combined with '+'."
+            ),
+            "example": "For example, 'f7+l7', 'l1', 'f3+c2' or 'all'",
+        },
+    )
+    share_weights: bool = field(
+        default=True,
+        metadata={"help": "Whether one intervention serves all words of positions, or each word has its own."},
+    )
+    intervention: str = field(default="loreft", metadata={"help": f"The method, one of {sorted(INTERVENTIONS)}."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "The layer or layers to edit, all by default; negative numbers count from the end."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Restricts the layers to the stacks of blocks whose name ends so, e.g. 'encoder.layers'."},
+    )
+    component: str = field(
+        default="block_output", metadata={"help": f"What is edited in a layer, one of {list(COMPONENTS)}."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (list) or regular expression (string) of modules to edit, in place of component."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (list) or regular expression (string) of modules to leave out."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to train and save with the adapter, such as a classification head."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited representations, in training."})
+    act_fn: str | None = field(
+        default=None, metadata={"help": "Activation on W h + b, a name from Transformers' ACT2FN."}
+    )
+    init_weights: bool | Literal["pyreft"] = field(
+        default=True,
+        metadata={
+            "help": "True: starts as the identity; 'pyreft': random W and b as pyreft; False: random, for tests."
+        },
+    )
+
+    # Read by PEFT's module matching; ReFT edits outputs of modules, never parameters.
+    target_parameters = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ensure_peft_type()
+        self._check_numbers()
+        self._check_choices()
+        self._check_contradictions()
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+
+    @property
+    def parsed_positions(self) -> pos.Positions:
+        """`positions` and `share_weights`, parsed."""
+        return pos.parse(self.positions, self.share_weights)
+
+    def _check_numbers(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"r must be a positive integer, got {self.r!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}.")
+        layers = self.layers_to_transform
+        layers = [] if layers is None else [layers] if isinstance(layers, int) else layers
+        if isinstance(layers, str) or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
+            raise ValueError(f"layers_to_transform must be an integer or integers, got {self.layers_to_transform!r}.")
+        if self.layers_to_transform is not None and not layers:
+            raise ValueError("layers_to_transform=[] selects no layer; None selects every layer.")
+
+    def _check_choices(self) -> None:
+        self.parsed_positions  # noqa: B018  raises on an unknown word
+        for name, allowed in (("intervention", sorted(INTERVENTIONS)), ("component", list(COMPONENTS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed are {allowed}.")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            raise ValueError(f"Unknown act_fn {self.act_fn!r}; allowed are {sorted(ACT2FN)}, or None.")
+        if self.init_weights not in (True, False, "pyreft"):
+            raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
+
+    def _check_contradictions(self) -> None:
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(f"target_modules={self.target_modules!r} selects nothing; None edits the blocks' output.")
+        if self.target_modules is not None and self.component != "block_output":
+            raise ValueError(
+                f"target_modules={self.target_modules!r} and component={self.component!r} contradict each other: "
+                "target_modules replaces component."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression "
+                f"target_modules={self.target_modules!r}: put the layers into the expression, or name modules in a list."
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `adapter_config.json`, and tell in the model card beside it how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "README.md"
+        if path.exists():
+            card = ModelCard.load(path)
+        else:
+            data = ModelCardData(library_name="peft", base_model=self.base_model_name_or_path or None)
+            card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
+        if _CARD_HEADING not in card.content:
+            card.data.tags = sorted({*(card.data.tags or []), "reft", "peft_reft"})
+            card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
+            card.save(path)

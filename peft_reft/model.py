@@ -1,0 +1,192 @@
+"""The tuner: attaches ReFT layers to a model, and takes them off again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peft_reft.config import ReftConfig
+from peft_reft.layer import CHILD_NAME, ReftLayer, remove_hooks
+from peft_reft.prompts import DECODER, ENCODER, Entry, PromptTracker, TrackedGenerate
+from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder
+
+
+class ReftModel(BaseTuner):
+    """
+    Edits hidden representations of a frozen model (ReFT, Wu et al. 2024, https://arxiv.org/abs/2404.03592).
+
+    **The model is changed in place**: every edited module gets a child `reft` and a forward hook, the model itself
+    two hooks and, if it generates, a stand-in for its `generate`. `unload()` undoes all of it. No weight of the model
+    changes, and none of its modules is replaced.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt.
+        config ([`ReftConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*): Create the adapter's weights on the meta device, to be loaded.
+
+    Returns:
+        `torch.nn.Module`: The model with the adapter.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_reft import ReftConfig
+
+        >>> base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_peft_model(base, ReftConfig(r=4, positions="f5+l5", task_type="CAUSAL_LM"))
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix: str = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+        # Raises before anything is touched. Kept for the matching that follows, which sees names only.
+        self._sites: dict[str, Site] = {site.name: site for site in find_sites(model, peft_config)}
+
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
+        return key in self._sites
+
+    def _check_target_module_compatiblity(self, peft_config: ReftConfig, model: nn.Module, target_name: str) -> None:
+        """Hooks ask nothing of the module they are on."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state_dict is not None:
+            # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
+            state_dict = {
+                key.replace(f".{CHILD_NAME}.{self.prefix}", f".{self.prefix}"): state_dict[key] for key in state_dict
+            }
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        tracker = _tracker_of(model)
+        if adapter_name not in tracker.adapters:
+            tracker.adapters.append(adapter_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key not in self._sites:
+            raise ValueError(f"The adapter's weights name {current_key!r}, which its config does not select.")
+        layer = ReftLayer.attach(self._sites[current_key], _tracker_of(self.model) or _track(self.model))
+        layer.update_layer(adapter_name, peft_config, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Interventions are created in float32; as with LoRA, no autocast means the dtype of the adapted module.
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module, layer in _layers(self.model):
+            floats = (p.dtype for p in _own_parameters(module, layer) if p.is_floating_point())
+            if adapter_name in layer.reft_intervention and (dtype := next(floats, None)) is not None:
+                layer.reft_intervention[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "ReFT does not support `adapter_names` (one adapter a row) yet; activate adapters with set_adapter."
+            )
+        yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        tracker = _tracker_of(self.model)
+        tracker.adapters = [name for name in tracker.adapters if name != adapter_name]
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(
+            "A ReFT adapter cannot be merged: it edits hidden representations of chosen tokens, which no change of the "
+            "weights can do. Keep the adapter, or take it off with unload()."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for module, _ in list(_layers(self.model)):
+            ReftLayer.detach(module)
+        _untrack(self.model)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
+    """Every hooked module with its layer."""
+    for module in model.modules():
+        layer = module._modules.get(CHILD_NAME)
+        if isinstance(layer, ReftLayer):
+            yield module, layer
+
+
+def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:
+    adapters = {id(parameter) for parameter in layer.parameters()}
+    return (parameter for parameter in module.parameters() if id(parameter) not in adapters)
+
+
+# The tracker lives in hooks and layers alone: Transformers drops the tuner object that injected an adapter.
+
+
+def _tracker_of(model: nn.Module) -> PromptTracker | None:
+    entries = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((entry.tracker for entry in entries if isinstance(entry, Entry)), None)
+
+
+def _track(model: nn.Module) -> PromptTracker:
+    tracker = PromptTracker()
+    generates = bool(getattr(model, "can_generate", bool)())
+    both = is_encoder_decoder(model)
+    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), generates))
+    for block_list in block_lists(model):
+        owner = block_list.owner[1]
+        if owner is not model:
+            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), generates and not both))
+    if generates and not both:
+        model.generate = TrackedGenerate(model, tracker)
+    return tracker
+
+
+def _hook(module: nn.Module, entry: Entry) -> None:
+    if any(isinstance(getattr(hook, "__self__", None), Entry) for hook in module._forward_pre_hooks.values()):
+        return
+    module.register_forward_pre_hook(entry.before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(entry.after, with_kwargs=True, always_call=True)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
+
+
+def _untrack(model: nn.Module) -> None:
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        entries = {id(entry): entry for hook in hooks if isinstance(entry := getattr(hook, "__self__", None), Entry)}
+        for entry in entries.values():
+            remove_hooks(module, entry)
+    if isinstance(model.__dict__.get("generate"), TrackedGenerate):
+        del model.generate
