@@ -8,7 +8,7 @@ what was handed to `generate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +146,7 @@ class PromptTracker:
         self.plans = plans
 
     @contextmanager
-    def generating(self, generation: Generation):
+    def generating(self, generation: Generation) -> Iterator[None]:
         outer, self.generation = self.generation, generation
         try:
             yield

@@ -153,10 +153,8 @@ def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
             or `r` is larger than a width.
     """
     lists = block_lists(model)
-    if config.target_modules is None:
-        sites = _block_sites(model, lists, config)
-    else:
-        sites = _named_sites(model, lists, config)
+    find = _block_sites if config.target_modules is None else _named_sites
+    sites = find(model, lists, config)
     excluded = [site for site in sites if _matches(config.exclude_modules, site.name)]
     saved = [site for site in sites if _holds_any(site.name, config.modules_to_save)]
     sites = [site for site in sites if site not in excluded and site not in saved]
