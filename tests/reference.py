@@ -1,0 +1,143 @@
+"""The oracle: the paper's equations in plain Python loops, one sequence at a time, sharing no code with the package.
+
+A sequence is described by its *roles*, one letter a token: "p" for prompt, "c" for completion, such as "pppcc" or, with
+two turns, "pppccppc". Interventions are dictionaries of `projection` [units, r, d], `weight` [units, r, d] and `bias`
+[units, r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def edited_tokens(spec: str, roles: str) -> dict[int, int]:
+    """Token index -> number of the word of `spec` that selects it."""
+    spans = []  # [first, behind last] of each run of prompt tokens
+    for i, role in enumerate(roles):
+        if role != "p":
+            continue
+        if spans and spans[-1][1] == i:
+            spans[-1][1] = i + 1
+        else:
+            spans.append([i, i + 1])
+
+    words = spec.split("+")
+    firsts = [int(word[1:]) for word in words if word[0] == "f"]
+    lasts = [int(word[1:]) for word in words if word[0] == "l"]
+    chosen = {}
+    for number, word in enumerate(words):
+        if word == "all":
+            chosen.update(dict.fromkeys(range(len(roles)), number))
+        elif word == "prompt":
+            chosen.update({i: number for i, role in enumerate(roles) if role == "p"})
+        elif word == "completion":
+            chosen.update({i: number for i, role in enumerate(roles) if role == "c"})
+        elif word[0] == "c":
+            since = 0
+            for i, role in enumerate(roles):
+                since = 0 if role == "p" else since + 1
+                if role == "c" and since <= int(word[1:]):
+                    chosen[i] = number
+        else:
+            for turn, (begin, end) in enumerate(spans):
+                if word[0] == "f" and turn > 0:
+                    continue
+                count = min(int(word[1:]), end - begin)
+                if turn == 0 and firsts and lasts and end - begin < firsts[0] + lasts[0]:
+                    count = min(count, (end - begin) // 2)
+                tokens = range(begin, begin + count) if word[0] == "f" else range(end - count, end)
+                chosen.update(dict.fromkeys(tokens, number))
+    return chosen
+
+
+def gram_schmidt(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows with the same span, first row first; [r, d]."""
+    orthonormal: list[torch.Tensor] = []
+    for row in rows:
+        for earlier in orthonormal:
+            row = row - (row @ earlier) * earlier
+        orthonormal.append(row / row.norm())
+    return torch.stack(orthonormal)
+
+
+def loreft(h: torch.Tensor, projection: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Equation 2 of the ReFT paper for one hidden representation [d]: h + R^T (W h + b - R h)."""
+    rows = gram_schmidt(projection)
+    return h + rows.T @ (weight @ h + bias - rows @ h)
+
+
+def edit_sequence(
+    hidden: torch.Tensor, spec: str, roles: str, shared: bool, params: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Hidden representations [tokens, d] of one sequence, edited."""
+    chosen = edited_tokens(spec, roles)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    edited = []
+    for i, h in enumerate(hidden):
+        if i in chosen:
+            unit = 0 if shared else chosen[i]
+            before = h.to(dtype)
+            after = loreft(before, *(params[name][unit].to(dtype) for name in ("projection", "weight", "bias")))
+            h = h + (after - before).to(h.dtype)
+        edited.append(h)
+    return torch.stack(edited)
+
+
+class Reference:
+    """A base model of its own, with modules whose output is edited token by token.
+
+    Args:
+        model: the base model; nobody else may use it.
+        sites: module name -> parameters of its intervention.
+        spec, shared: the positions, and whether one intervention serves all words.
+    """
+
+    def __init__(self, model, sites: dict[str, dict[str, torch.Tensor]], spec: str, shared: bool = True) -> None:
+        self.model = model
+        self.sites = sites
+        self.spec = spec
+        self.shared = shared
+
+    @contextmanager
+    def editing(self, roles: str) -> Iterator[torch.nn.Module]:
+        """The model, whose rows all have these roles; tokens behind them are completion."""
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(self._hook(roles, params))
+            for name, params in self.sites.items()
+        ]
+        try:
+            yield self.model
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, roles: str, params: dict[str, torch.Tensor]):
+        def edit(module, args, output):
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            known = roles[: hidden.shape[1]].ljust(hidden.shape[1], "c")
+            edited = torch.stack([edit_sequence(row, self.spec, known, self.shared, params) for row in hidden])
+            return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
+
+        return edit
+
+    def logits(self, ids: list[int], roles: str) -> torch.Tensor:
+        """[tokens, vocabulary] of one sequence, without a cache."""
+        with self.editing(roles) as model:
+            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+    def generate(self, ids: list[int], roles: str | None = None, **kwargs) -> torch.Tensor:
+        """What Transformers' own `generate` makes of one sequence, without a cache."""
+        with self.editing(roles or "p" * len(ids)) as model:
+            return model.generate(input_ids=torch.tensor([ids]), use_cache=False, **kwargs)
+
+
+def gradients(reference: Reference, objective: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+    """Gradients of `objective` with respect to every parameter of the interventions."""
+    names = [(site, name) for site, params in reference.sites.items() for name in params]
+    leaves = [reference.sites[site][name] for site, name in names]
+    grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    zero = (torch.zeros_like(leaf) for leaf in leaves)
+    return {name: empty if grad is None else grad for name, grad, empty in zip(names, grads, zero, strict=True)}
