@@ -251,9 +251,11 @@ def cache_length(call: Mapping[str, Any]) -> int | torch.Tensor | None:
         cache = call.get(name)
         if hasattr(cache, "get_seq_length"):
             try:
-                return cache.get_seq_length()
+                length = cache.get_seq_length()
             except ValueError:  # only recurrent states
                 return None
+            # The cache counts on in place during the pass.
+            return length.clone() if isinstance(length, torch.Tensor) else length
     return 0
 
 

@@ -5,9 +5,14 @@ Every test compares with the loop reference on each sequence alone; its id names
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from routes import (
+    GENERATE,
     ROLES,
     SPECS,
     assert_same_gradients,
@@ -16,6 +21,9 @@ from routes import (
     pad,
     sequences,
 )
+from tiny import PAD, llama
+from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 every_spec = pytest.mark.parametrize(("spec", "shared"), SPECS.values(), ids=SPECS.keys())
 
@@ -242,3 +250,228 @@ def test_training_loss_gradient(spec, shared):
     from reference import gradients
 
     assert_same_gradients(pair, gradients(pair.reference, total / count), rtol=1e-7)
+
+
+# Generation. The reference generates each sequence alone and without a cache.
+
+PROMPTS = ("p", "pp", "pppppppp", "ppp")
+
+
+def generated(pair, batch, **kwargs) -> torch.Tensor:
+    """New tokens [rows, new] of a left-padded batch."""
+    out = pair.peft.generate(input_ids=batch.ids, attention_mask=batch.mask, **GENERATE | kwargs)
+    return out[:, batch.ids.shape[1] :]
+
+
+def expected_tokens(pair, ids, **kwargs) -> list[torch.Tensor]:
+    return [pair.reference.generate(tokens, **GENERATE | kwargs)[:, len(tokens) :] for tokens in ids]
+
+
+def assert_same_tokens(got: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    rows = [row for block in expected for row in block]
+    assert len(got) == len(rows)
+    for number, (row, wanted) in enumerate(zip(got, rows, strict=True)):
+        # A batch goes on with padding behind rows that have ended.
+        assert row[: len(wanted)].tolist() == wanted.tolist(), f"row {number}"
+        assert set(row[len(wanted) :].tolist()) <= {PAD}, f"row {number}"
+
+
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "none": {"use_cache": False},
+    "chunked-prefill": {"prefill_chunk_size": 3},
+}
+DECODING = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams-returned": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def adapter_changes_what_is_generated():
+    """The comparisons below would prove nothing if the adapter did not matter to the generated tokens."""
+    for spec, shared in SPECS.values():
+        pair = make_pair(spec, shared)
+        with pair.peft.disable_adapter():
+            base = generated(pair, pad(PROMPTS, sequences(PROMPTS), left="all"))
+        assert not torch.equal(base, generated(pair, pad(PROMPTS, sequences(PROMPTS), left="all")))
+
+
+@every_spec
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.usefixtures("adapter_changes_what_is_generated")
+def test_generate_greedy(cache, spec, shared):
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS)
+    batch = pad(PROMPTS, ids, left="all")
+    assert_same_tokens(generated(pair, batch, **CACHES[cache]), expected_tokens(pair, ids))
+
+
+@every_spec
+@pytest.mark.parametrize("cache", ["dynamic", "none"])
+@pytest.mark.parametrize("decoding", ["beams", "beams-returned"])
+def test_generate_beams(decoding, cache, spec, shared):
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS[:3])
+    batch = pad(PROMPTS[:3], ids, left="all")
+    options = DECODING[decoding]
+    assert_same_tokens(generated(pair, batch, **options, **CACHES[cache]), expected_tokens(pair, ids, **options))
+
+
+@every_spec
+def test_generate_sampling_with_a_seed(spec, shared):
+    pair = make_pair(spec, shared)
+    for prompt in sequences(PROMPTS):
+        options = {"do_sample": True, "temperature": 0.7, "num_return_sequences": 2}
+        torch.manual_seed(11)
+        got = pair.peft.generate(input_ids=torch.tensor([prompt]), **GENERATE | options)
+        torch.manual_seed(11)
+        assert_same_tokens(got, [pair.reference.generate(prompt, **GENERATE | options)])
+
+
+@every_spec
+def test_generate_without_attention_mask(spec, shared):
+    """Transformers infers the mask from padding ids."""
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS)
+    batch = pad(PROMPTS, ids, left="all")
+    out = pair.peft.generate(input_ids=batch.ids, **GENERATE)[:, batch.ids.shape[1] :]
+    assert_same_tokens(out, expected_tokens(pair, ids))
+
+
+@every_spec
+def test_generate_from_inputs_embeds(spec, shared):
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS)
+    batch = pad(PROMPTS, ids, left="all")
+    embeds = pair.peft.get_input_embeddings()(batch.ids)
+    out = pair.peft.generate(inputs_embeds=embeds, attention_mask=batch.mask, **GENERATE)
+    assert_same_tokens(out, expected_tokens(pair, ids))
+
+
+@every_spec
+def test_generate_with_positional_inputs(spec, shared):
+    pair = make_pair(spec, shared)
+    (prompt,) = sequences(PROMPTS[2:3])
+    out = pair.peft.base_model.model.generate(torch.tensor([prompt]), **GENERATE)
+    assert_same_tokens(out[:, len(prompt) :], expected_tokens(pair, [prompt]))
+
+
+@every_spec
+def test_generate_with_prompt_lookup(spec, shared):
+    pair = make_pair(spec, shared)
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    out = pair.peft.generate(input_ids=torch.tensor([prompt]), prompt_lookup_num_tokens=3, **GENERATE)
+    assert_same_tokens(out[:, len(prompt) :], expected_tokens(pair, [prompt]))
+
+
+@every_spec
+def test_generate_assisted(spec, shared):
+    pair = make_pair(spec, shared)
+    assistant = llama(num_hidden_layers=1).to(torch.float64)
+    for prompt in sequences(PROMPTS):
+        out = pair.peft.generate(input_ids=torch.tensor([prompt]), assistant_model=assistant, **GENERATE)
+        assert_same_tokens(out[:, len(prompt) :], expected_tokens(pair, [prompt]))
+
+
+@every_spec
+def test_generate_with_a_custom_decoding_loop(spec, shared):
+    """A decoding function of the user's, which calls the model by itself."""
+
+    def decode(model, input_ids, generation_config=None, **model_kwargs):
+        cache = DynamicCache(config=model.config)
+        fresh = input_ids
+        for _ in range(generation_config.max_new_tokens):
+            logits = model(input_ids=fresh, past_key_values=cache).logits[:, -1]
+            fresh = logits.argmax(-1, keepdim=True)
+            input_ids = torch.cat([input_ids, fresh], dim=1)
+        return input_ids
+
+    pair = make_pair(spec, shared)
+    for prompt in sequences(PROMPTS):
+        out = pair.peft.generate(input_ids=torch.tensor([prompt]), custom_generate=decode, **GENERATE)
+        (wanted,) = expected_tokens(pair, [prompt])
+        assert_same_tokens(out[:, len(prompt) :][:, : wanted.shape[1]], [wanted])
+
+
+@every_spec
+def test_generate_streaming_in_a_thread(spec, shared):
+    class Collector(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    pair = make_pair(spec, shared)
+    (prompt,) = sequences(PROMPTS[2:3])
+    streamer = Collector()
+    call = {"input_ids": torch.tensor([prompt]), "streamer": streamer, **GENERATE}
+    thread = threading.Thread(target=pair.peft.generate, kwargs=call)
+    thread.start()
+    thread.join()
+    assert_same_tokens(torch.tensor([streamer.tokens[len(prompt) :]]), expected_tokens(pair, [prompt]))
+
+
+@every_spec
+@pytest.mark.parametrize("kept", ["dynamic", "static"])
+@pytest.mark.parametrize("handed", ["everything", "only-new"])
+def test_generate_continued_from_a_cache_equals_multi_turn_training(handed, kept, spec, shared):
+    """Two turns of a chat with a kept cache edit what one training pass over both turns edits."""
+    if handed == "only-new" and Version(transformers.__version__) < Version("5.5"):
+        pytest.skip("this Transformers wants all tokens handed again")
+    pair = make_pair(spec, shared)
+    first, more = sequences(("ppppp", "ppp"))
+    model = pair.peft.base_model.model
+    cache = StaticCache(config=model.config, max_cache_len=40) if kept == "static" else DynamicCache(config=model.config)
+    options = GENERATE | {"eos_token_id": None, "past_key_values": cache, "max_new_tokens": 3}
+    turn_one = pair.peft.generate(input_ids=torch.tensor([first]), **options)
+    conversation = torch.cat([turn_one, torch.tensor([more])], dim=1)
+    roles = "p" * len(first) + "ccc" + "p" * len(more)
+    inputs = {"input_ids": conversation}
+    if handed == "only-new":
+        new = conversation[:, cache.get_seq_length() :]
+        inputs = {"input_ids": new, "attention_mask": torch.ones_like(conversation)}
+    out = pair.peft.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+
+    tokens = conversation[0].tolist() + out.sequences[0, -3:].tolist()
+    expected = pair.reference.logits(tokens, roles + "ccc")
+    got = torch.stack(out.logits, dim=1)[0]
+    torch.testing.assert_close(got.double(), expected[-4:-1], rtol=1e-4, atol=1e-4)
+    training = pair.peft(
+        input_ids=torch.tensor([tokens]),
+        labels=torch.tensor([[t if r == "c" else -100 for t, r in zip(tokens, roles + "ccc", strict=True)]]),
+    ).logits
+    torch.testing.assert_close(training[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_cropped_to_the_prompt_starts_a_new_turn_there():
+    pair = make_pair("f2+l3", True)
+    first, more = sequences(("ppppp", "ppp"))
+    cache = DynamicCache(config=pair.peft.base_model.model.config)
+    options = GENERATE | {"eos_token_id": None, "past_key_values": cache}
+    turn_one = pair.peft.generate(input_ids=torch.tensor([first]), **options)
+    kept = len(first) + 2
+    cache.crop(kept - cache.get_seq_length())
+    conversation = torch.cat([turn_one[:, :kept], torch.tensor([more])], dim=1)
+    got = pair.peft.generate(input_ids=conversation, **options)[0, conversation.shape[1] :]
+    expected = pair.reference.generate(
+        conversation[0].tolist(), "p" * len(first) + "cc" + "p" * len(more), **GENERATE | {"eos_token_id": None}
+    )
+    assert got.tolist() == expected[0, conversation.shape[1] :].tolist()
+
+
+def test_generate_takes_a_prompt_mask():
+    """A conversation handed over whole: its earlier answers are no prompt."""
+    pair = make_pair("f2+l3", True)
+    roles = "pppccppp"
+    (tokens,) = sequences((roles,))
+    mask = torch.tensor([[role == "p" for role in roles]])
+    out = pair.peft.generate(input_ids=torch.tensor([tokens]), prompt_mask=mask, **GENERATE)
+    assert_same_tokens(out[:, len(tokens) :], [pair.reference.generate(tokens, roles, **GENERATE)[:, len(tokens) :]])
