@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -57,7 +56,7 @@ class Positions:
     def units(self) -> int:
         return 1 if self.shared else len(self.words)
 
-    @cached_property
+    @property
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of word -> (its count, the code of its unit); codes start at 1, 0 means no edit."""
         return {word.kind: (word.count, 1 if self.shared else i + 1) for i, word in enumerate(self.words)}

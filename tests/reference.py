@@ -70,13 +70,13 @@ def loreft(h: torch.Tensor, projection: torch.Tensor, weight: torch.Tensor, bias
 
 
 def edit_sequence(
-    hidden: torch.Tensor, spec: str, roles: str, shared: bool, params: dict[str, torch.Tensor]
+    hidden: torch.Tensor, spec: str, roles: str, shared: bool, params: dict[str, torch.Tensor], start: int = 0
 ) -> torch.Tensor:
-    """Hidden representations [tokens, d] of one sequence, edited."""
+    """Hidden representations [tokens, d] of one sequence from its token `start` on, edited."""
     chosen = edited_tokens(spec, roles)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     edited = []
-    for i, h in enumerate(hidden):
+    for i, h in enumerate(hidden, start):
         if i in chosen:
             unit = 0 if shared else chosen[i]
             before = h.to(dtype)
@@ -102,10 +102,14 @@ class Reference:
         self.shared = shared
 
     @contextmanager
-    def editing(self, roles: str) -> Iterator[torch.nn.Module]:
-        """The model, whose rows all have these roles; tokens behind them are completion."""
+    def editing(self, roles: str | dict[str, str], cached: bool = False) -> Iterator[torch.nn.Module]:
+        """The model, whose rows all have these roles (all sites, or each its own); tokens behind are completion.
+
+        `cached`: every pass continues where the one before ended, else every pass holds the whole sequence.
+        """
+        roles = roles if isinstance(roles, dict) else dict.fromkeys(self.sites, roles)
         handles = [
-            self.model.get_submodule(name).register_forward_hook(self._hook(roles, params))
+            self.model.get_submodule(name).register_forward_hook(self._hook(roles[name], params, cached))
             for name, params in self.sites.items()
         ]
         try:
@@ -114,11 +118,17 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, roles: str, params: dict[str, torch.Tensor]):
+    def _hook(self, roles: str, params: dict[str, torch.Tensor], cached: bool):
+        seen = 0
+
         def edit(module, args, output):
+            nonlocal seen
             hidden = output if isinstance(output, torch.Tensor) else output[0]
-            known = roles[: hidden.shape[1]].ljust(hidden.shape[1], "c")
-            edited = torch.stack([edit_sequence(row, self.spec, known, self.shared, params) for row in hidden])
+            start = seen if cached else 0
+            seen += hidden.shape[1]
+            known = roles[: start + hidden.shape[1]].ljust(start + hidden.shape[1], "c")
+            rows = (edit_sequence(row, self.spec, known, self.shared, params, start) for row in hidden)
+            edited = torch.stack(list(rows))
             return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
 
         return edit
@@ -128,10 +138,10 @@ class Reference:
         with self.editing(roles) as model:
             return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
-    def generate(self, ids: list[int], roles: str | None = None, **kwargs) -> torch.Tensor:
-        """What Transformers' own `generate` makes of one sequence, without a cache."""
-        with self.editing(roles or "p" * len(ids)) as model:
-            return model.generate(input_ids=torch.tensor([ids]), use_cache=False, **kwargs)
+    def generate(self, ids: list[int], roles: str | None = None, cached: bool = False, **kwargs) -> torch.Tensor:
+        """What Transformers' own `generate` makes of one sequence."""
+        with self.editing(roles or "p" * len(ids), cached) as model:
+            return model.generate(input_ids=torch.tensor([ids]), use_cache=cached, **kwargs)
 
 
 def gradients(reference: Reference, objective: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:

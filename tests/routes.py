@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from peft import get_peft_model
 from reference import Reference, gradients
-from tiny import EOS, PAD, VOCAB, llama
+from tiny import BOS, EOS, HIDDEN, LAYERS, PAD, VOCAB, build, llama
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_reft import ReftConfig
 
@@ -47,9 +55,7 @@ class Pair:
         }
 
     def gradients(self) -> dict[tuple[str, str], torch.Tensor]:
-        return {
-            key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in self.parameters().items()
-        }
+        return {key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in self.parameters().items()}
 
 
 def make_pair(
@@ -82,9 +88,7 @@ def pair_with_reference(model, reference_model, sites, spec, shared, prefix: str
     params = {}
     for site in sites:
         intervention = modules[f"{prefix}{site}.reft"].reft_intervention["default"]
-        params[site] = {
-            name: getattr(intervention, name).detach().clone().requires_grad_() for name in PARAMETERS
-        }
+        params[site] = {name: getattr(intervention, name).detach().clone().requires_grad_() for name in PARAMETERS}
     return Pair(model, Reference(reference_model, params, spec, shared), prefix)
 
 
@@ -152,7 +156,61 @@ def assert_same_pass(pair: Pair, logits: list[torch.Tensor], roles, ids, rtol: f
 def assert_same_gradients(pair: Pair, expected, rtol: float = TOLERANCE) -> None:
     for key, grad in pair.gradients().items():
         scale = expected[key].abs().max().item()
-        torch.testing.assert_close(grad, expected[key], rtol=rtol, atol=rtol * max(scale, 1.0), msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            grad, expected[key], rtol=rtol, atol=rtol * max(scale, 1.0), msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
+
+
+def t5():
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=2 * HIDDEN,
+        num_layers=LAYERS,
+        num_decoder_layers=2,
+        num_heads=4,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+        initializer_factor=3.0,
+    )
+    return build(T5ForConditionalGeneration, config)
+
+
+def bart():
+    config = BartConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+        decoder_start_token_id=EOS,
+        forced_eos_token_id=None,
+        init_std=0.3,
+    )
+    return build(BartForConditionalGeneration, config)
+
+
+def mamba():
+    config = MambaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        state_size=4,
+        num_hidden_layers=LAYERS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+        initializer_range=0.3,
+    )
+    return build(MambaForCausalLM, config)

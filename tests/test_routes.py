@@ -5,25 +5,36 @@ Every test compares with the loop reference on each sequence alone; its id names
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import inject_adapter_in_model
+from reference import gradients
 from routes import (
     GENERATE,
     ROLES,
     SPECS,
     assert_same_gradients,
     assert_same_pass,
+    bart,
     make_pair,
+    mamba,
     pad,
+    pair_with_reference,
+    probe,
     sequences,
+    t5,
 )
-from tiny import PAD, llama
-from transformers import DynamicCache, StaticCache
+from tiny import EOS, PAD, VOCAB, llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CompileConfig, DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
+
+from peft_reft import ReftConfig
 
 every_spec = pytest.mark.parametrize(("spec", "shared"), SPECS.values(), ids=SPECS.keys())
 
@@ -82,9 +93,7 @@ def test_4d_mask_prepared_by_the_caller(padding, spec, shared):
     batch = pad(ROLES, ids, **PADDING[padding])
     mask = causal_4d(batch.mask, torch.float64, opened=True)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-    logits = pair.peft(
-        input_ids=batch.ids, attention_mask=mask, position_ids=positions, labels=batch.labels
-    ).logits
+    logits = pair.peft(input_ids=batch.ids, attention_mask=mask, position_ids=positions, labels=batch.labels).logits
     assert_same_pass(pair, rows_of(logits, batch.where), ROLES, ids)
 
 
@@ -247,8 +256,6 @@ def test_training_loss_gradient(spec, shared):
             if letter == "c":
                 total = total - logits[i - 1, tokens[i]]
                 count += 1
-    from reference import gradients
-
     assert_same_gradients(pair, gradients(pair.reference, total / count), rtol=1e-7)
 
 
@@ -271,18 +278,20 @@ def assert_same_tokens(got: torch.Tensor, expected: list[torch.Tensor]) -> None:
     rows = [row for block in expected for row in block]
     assert len(got) == len(rows)
     for number, (row, wanted) in enumerate(zip(got, rows, strict=True)):
-        # A batch goes on with padding behind rows that have ended.
+        # A batch goes on with padding behind rows that have ended; beam search may cut the end token off alone.
         assert row[: len(wanted)].tolist() == wanted.tolist(), f"row {number}"
-        assert set(row[len(wanted) :].tolist()) <= {PAD}, f"row {number}"
+        assert set(row[len(wanted) :].tolist()) <= {PAD, EOS}, f"row {number}"
 
 
 CACHES = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
     "none": {"use_cache": False},
     "chunked-prefill": {"prefill_chunk_size": 3},
+    "offloaded": {"cache_implementation": "offloaded"},
 }
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CACHE_ROWS = [pytest.param(c, marks=[pytest.mark.gpu, needs_cuda] if c == "offloaded" else []) for c in CACHES]
 DECODING = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -301,13 +310,25 @@ def adapter_changes_what_is_generated():
 
 
 @every_spec
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", CACHE_ROWS)
 @pytest.mark.usefixtures("adapter_changes_what_is_generated")
 def test_generate_greedy(cache, spec, shared):
     pair = make_pair(spec, shared)
     ids = sequences(PROMPTS)
     batch = pad(PROMPTS, ids, left="all")
     assert_same_tokens(generated(pair, batch, **CACHES[cache]), expected_tokens(pair, ids))
+
+
+@every_spec
+@pytest.mark.skipif(not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="no such cache on a CPU")
+def test_generate_with_a_quantized_cache(spec, shared):
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS)
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    for prompt in ids:
+        got = pair.peft.generate(input_ids=torch.tensor([prompt]), **options, **GENERATE)
+        # The cache loses precision, so the reference needs it too.
+        assert got.tolist() == pair.reference.generate(prompt, cached=True, **options, **GENERATE).tolist()
 
 
 @every_spec
@@ -429,7 +450,9 @@ def test_generate_continued_from_a_cache_equals_multi_turn_training(handed, kept
     pair = make_pair(spec, shared)
     first, more = sequences(("ppppp", "ppp"))
     model = pair.peft.base_model.model
-    cache = StaticCache(config=model.config, max_cache_len=40) if kept == "static" else DynamicCache(config=model.config)
+    cache = (
+        StaticCache(config=model.config, max_cache_len=40) if kept == "static" else DynamicCache(config=model.config)
+    )
     options = GENERATE | {"eos_token_id": None, "past_key_values": cache, "max_new_tokens": 3}
     turn_one = pair.peft.generate(input_ids=torch.tensor([first]), **options)
     conversation = torch.cat([turn_one, torch.tensor([more])], dim=1)
@@ -475,3 +498,214 @@ def test_generate_takes_a_prompt_mask():
     mask = torch.tensor([[role == "p" for role in roles]])
     out = pair.peft.generate(input_ids=torch.tensor([tokens]), prompt_mask=mask, **GENERATE)
     assert_same_tokens(out[:, len(tokens) :], [pair.reference.generate(tokens, roles, **GENERATE)[:, len(tokens) :]])
+
+
+# Entry: the same adapter, whichever object is called.
+
+
+def whole_batch(pair, call) -> None:
+    ids = sequences()
+    batch = pad(ROLES, ids)
+    logits = call(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).logits
+    assert_same_pass(pair, rows_of(logits, batch.where), ROLES, ids)
+
+
+def prompts_alone(pair, generate) -> None:
+    ids = sequences(PROMPTS)
+    batch = pad(PROMPTS, ids, left="all")
+    out = generate(input_ids=batch.ids, attention_mask=batch.mask, **GENERATE)
+    assert_same_tokens(out[:, batch.ids.shape[1] :], expected_tokens(pair, ids))
+
+
+@every_spec
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_entry_peft_model(task_type, spec, shared):
+    pair = make_pair(spec, shared, task_type=task_type)
+    whole_batch(pair, pair.peft)
+    prompts_alone(pair, pair.peft.generate)
+
+
+@every_spec
+def test_entry_injected_model(spec, shared):
+    base = llama().to(torch.float64)
+    reference_model = copy.deepcopy(base)
+    sites = ["model.layers.0", "model.layers.2"]
+    config = ReftConfig(r=3, positions=spec, share_weights=shared, target_modules=sites, init_weights=False)
+    model = inject_adapter_in_model(config, base).to(torch.float64)
+    pair = pair_with_reference(model, reference_model, sites, spec, shared, prefix="")
+    whole_batch(pair, model)
+    prompts_alone(pair, model.generate)
+
+
+@every_spec
+def test_entry_transformers_load_adapter(tmp_path, spec, shared):
+    make_pair(spec, shared).peft.save_pretrained(tmp_path)
+    model = llama().to(torch.float64)
+    model.load_adapter(tmp_path, is_trainable=True)
+    model = model.to(torch.float64)
+    sites = ["model.layers.0", "model.layers.2"]
+    pair = pair_with_reference(model, llama().to(torch.float64), sites, spec, shared, prefix="")
+    whole_batch(pair, model)
+    prompts_alone(pair, model.generate)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {f"<{i}>": i for i in range(VOCAB)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<3>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<0>", eos_token="<2>", padding_side="left")
+
+
+@every_spec
+def test_entry_pipeline(tokenizer, spec, shared):
+    pair = make_pair(spec, shared)
+    ids = sequences(PROMPTS)
+    generator = pipeline("text-generation", model=pair.peft.base_model.model, tokenizer=tokenizer)
+    texts = [" ".join(f"<{token}>" for token in tokens) for tokens in ids]
+    outputs = generator(texts, batch_size=len(texts), return_full_text=False, **GENERATE)
+    for output, expected in zip(outputs, expected_tokens(pair, ids), strict=True):
+        words = [f"<{token}>" for token in expected[0].tolist() if token not in (PAD, EOS)]
+        assert output[0]["generated_text"].split() == words
+
+
+# Encoder-decoder models: the encoder's tokens are the prompt, the decoder's the completion.
+
+SEQ2SEQ = {
+    "t5": (t5, ("encoder.block.0", "encoder.block.2"), ("decoder.block.0", "decoder.block.1")),
+    "bart": (
+        bart,
+        ("model.encoder.layers.0", "model.encoder.layers.2"),
+        ("model.decoder.layers.0", "model.decoder.layers.1"),
+    ),
+}
+SOURCES = ("ppp", "p", "ppppppp")
+TARGETS = ("cccc", "cc", "c")
+
+
+def seq2seq_pair(family: str, spec: str, shared: bool):
+    builder, encoder, decoder = SEQ2SEQ[family]
+    words = set(spec.replace("2", "").replace("3", "").split("+"))
+    sites = encoder if words & {"f", "l", "prompt", "all"} else ()
+    sites += decoder if words & {"c", "completion", "all"} else ()
+    pair = make_pair(spec, shared, base=builder(), sites=sites, task_type="SEQ_2_SEQ_LM")
+    return pair, encoder
+
+
+def seq2seq_roles(pair, encoder, source: int) -> dict[str, str]:
+    return {site: "p" * source if site in encoder else "c" for site in pair.reference.sites}
+
+
+@every_spec
+# BART's positions are absolute: left padding would change the base model.
+@pytest.mark.parametrize(("family", "padding"), [("t5", "left"), ("t5", "right"), ("bart", "right")])
+def test_encoder_decoder_training(family, padding, spec, shared):
+    pair, encoder = seq2seq_pair(family, spec, shared)
+    sources, targets = sequences(SOURCES), sequences(TARGETS, seed=4)
+    batch = pad(SOURCES, sources, **PADDING[padding])
+    answers = pad(TARGETS, targets)
+    logits = pair.peft(input_ids=batch.ids, attention_mask=batch.mask, labels=answers.labels).logits
+
+    objective = expected_objective = 0.0
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        with pair.reference.editing(seq2seq_roles(pair, encoder, len(source))) as model:
+            expected = model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).logits[0]
+        got = logits[row, : len(target)]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        weights = probe(len(target), row, torch.float64)
+        objective = objective + (got * weights).sum()
+        expected_objective = expected_objective + (expected * weights).sum()
+    objective.backward()
+    assert_same_gradients(pair, gradients(pair.reference, expected_objective))
+
+
+@every_spec
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("cache", ["dynamic", "none"])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_encoder_decoder_generate(family, cache, beams, spec, shared):
+    pair, encoder = seq2seq_pair(family, spec, shared)
+    sources = sequences(SOURCES)
+    batch = pad(SOURCES, sources)
+    options = GENERATE | {"num_beams": beams}
+    got = pair.peft.generate(input_ids=batch.ids, attention_mask=batch.mask, **options, **CACHES[cache])
+    expected = []
+    for source in sources:
+        with pair.reference.editing(seq2seq_roles(pair, encoder, len(source))) as model:
+            expected.append(model.generate(input_ids=torch.tensor([source]), use_cache=False, **options))
+    assert_same_tokens(got, expected)
+
+
+# Recurrent states have no length to read.
+
+
+@every_spec
+@pytest.mark.parametrize("cache", ["dynamic", "none"])
+def test_generate_with_a_state_space_model(cache, spec, shared):
+    pair = make_pair(spec, shared, base=mamba(), sites=("backbone.layers.0", "backbone.layers.2"))
+    for prompt in sequences(PROMPTS):
+        got = pair.peft.generate(input_ids=torch.tensor([prompt]), **GENERATE, **CACHES[cache])
+        assert_same_tokens(got[:, len(prompt) :], expected_tokens(pair, [prompt]))
+
+
+# Compiled. The backend runs the captured graph as it is: what is at stake is the capture.
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@every_spec
+@pytest.mark.parametrize("entry", ["injected model", "peft model"])
+def test_compiled_forward_in_one_graph(dynamo, entry, spec, shared):
+    pair = make_pair(spec, shared)
+    model = pair.peft if entry == "peft model" else pair.peft.base_model.model
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    whole_batch(pair, compiled)
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+@every_spec
+def test_compiled_decode_with_a_static_cache_does_not_recompile_per_step(dynamo, spec, shared):
+    pair = make_pair(spec, shared)
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config}
+    ids = sequences(PROMPTS)
+    batch = pad(PROMPTS, ids, left="all")
+    graphs = []
+    for steps in (4, 10):
+        more = options | {"max_new_tokens": steps, "eos_token_id": None}
+        got = generated(pair, batch, **more)
+        assert_same_tokens(got, expected_tokens(pair, ids, max_new_tokens=steps, eos_token_id=None))
+        graphs.append(dynamo["stats"]["unique_graphs"])
+    assert graphs[0] >= 1, "nothing was compiled"
+    # A second length of the cache may cost one more graph, but no step does.
+    assert graphs[1] - graphs[0] <= 1
+
+
+# Low precision
+
+
+@every_spec
+@pytest.mark.parametrize("route", ["bf16 base", "autocast"])
+def test_low_precision(route, spec, shared):
+    dtype = torch.bfloat16 if route == "bf16 base" else torch.float32
+    pair = make_pair(spec, shared, dtype=dtype)
+    pair.peft.to(dtype)
+    ids = sequences()
+    batch = pad(ROLES, ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=route == "autocast"):
+        logits = pair.peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).logits
+        expected = [pair.reference.logits(t, r) for t, r in zip(ids, ROLES, strict=True)]
+        with pair.peft.disable_adapter():
+            base = pair.peft(input_ids=batch.ids, attention_mask=batch.mask).logits
+    for row, (got, wanted) in enumerate(zip(rows_of(logits, batch.where), expected, strict=True)):
+        # A bfloat16 keeps 8 bits; the adapter's own effect is far above that.
+        error = (got - wanted).float().norm() / wanted.float().norm()
+        assert error < 0.03, f"row {row}"
+    assert (logits - base).float().norm() > 0.3 * base.float().norm()
