@@ -8,8 +8,9 @@ from peft_reft.config import ReftConfig
 from peft_reft.layer import ReftLayer
 from peft_reft.model import ReftModel
 from peft_reft.registration import register
+from peft_reft.show import show_positions
 
 register(ReftConfig, ReftModel)
 
 __version__ = "0.1.0"
-__all__ = ["ReftConfig", "ReftLayer", "ReftModel"]
+__all__ = ["ReftConfig", "ReftLayer", "ReftModel", "show_positions"]

@@ -8,6 +8,7 @@ what was handed to `generate`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,16 @@ NO_PROMPT, PROMPT_IS_PADDING = -1, -2
 _REMEDIES = (
     "Use prompt/completion data, or assistant_only_loss=True with conversations, so that the prompt carries no labels "
     "(-100); or edit every token with positions='all'; or pass prompt_mask to forward."
+)
+_PROMPT_UNKNOWN = (
+    "positions='{}' needs to know where the prompt ends, but this language model is trained without labels or "
+    "prompt_mask in its forward pass, so the whole sequence counts as prompt. Generation would edit other tokens. Pass "
+    "labels (-100 on the prompt) or prompt_mask to forward."
+)
+_NOTHING_EDITED = (
+    "positions='{}' edits no token of this training batch: its prompts are too short. Plain language modeling data looks "
+    "so when a padding-free collator takes the label off the first token of each sequence, which leaves prompts of one "
+    "token. Use prompt/completion data, or positions='all'."
 )
 _CACHES = ("past_key_values", "cache_params")
 
@@ -58,10 +69,17 @@ class Plan:
         shape: `(batch, tokens)` of the pass, or None when the model does not tell (any module output fits then).
         codes: position spec -> codes `[batch, tokens]` (see `Selection`), None for no edit, or an int for a
             unit that edits everything.
+        training: whether to warn when nothing is edited.
     """
 
-    def __init__(self, shape: tuple[int, int] | None, codes: Callable[[Positions], torch.Tensor | int | None]) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int] | None,
+        codes: Callable[[Positions], torch.Tensor | int | None],
+        training: bool = False,
+    ) -> None:
         self.shape = shape
+        self.training = training
         self._codes = codes
         self._selections: dict[tuple[Positions, torch.device], Selection | None] = {}
 
@@ -82,6 +100,13 @@ class Plan:
             self._selections[key] = self._select(positions, hidden)
         return self._selections[key]
 
+    def codes(self, positions: Positions, device: torch.device) -> torch.Tensor:
+        """Code of each token, int8 `[batch, tokens]`, for a plan that knows its shape."""
+        codes = self._codes(positions)
+        if isinstance(codes, torch.Tensor):
+            return codes
+        return torch.full(self.shape, codes or 0, dtype=torch.int8, device=device)
+
     def _select(self, positions: Positions, hidden: torch.Tensor) -> Selection | None:
         codes = self._codes(positions)
         if codes is None:
@@ -99,6 +124,8 @@ class Plan:
         _check_prompts(on_host, positions)
         rows = on_host.flatten().nonzero().squeeze(1)
         if rows.numel() == 0:
+            if self.training:
+                warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
             return None
         if positions.units == 1 and rows.numel() == on_host.numel():
             return EVERYTHING
@@ -192,9 +219,10 @@ class Entry:
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError("ReFT does not support `adapter_names` (one adapter a row) yet.")
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        self.tracker.plans = {stream: self._plan(stream, call) for stream in self.streams}
+        self.tracker.plans = {stream: self._plan(stream, call, module.training) for stream in self.streams}
         if "prompt_mask" not in kwargs:
             return None
+        # The model's own forward does not know this argument.
         return args, {name: value for name, value in kwargs.items() if name != "prompt_mask"}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -209,7 +237,7 @@ class Entry:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self.tracker.restore, self.tracker.plans))
 
-    def _plan(self, stream: str, call: Mapping[str, Any]) -> Plan:
+    def _plan(self, stream: str, call: Mapping[str, Any], training: bool) -> Plan:
         if call.get("cache") is not None and type(call["cache"]).__name__ == "PagedAttentionCache":
             raise NotImplementedError(
                 "Continuous batching (generate_batch, cache_implementation='paged') mixes prompts and generated "
@@ -220,7 +248,7 @@ class Entry:
         generation = self.tracker.generation
         if generation is not None and call.get("prompt_mask") is None:
             return generation.plan(call)
-        return prompt_plan(call, self.language_model)
+        return prompt_plan(call, self.language_model, training and torch.is_grad_enabled())
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -334,10 +362,11 @@ def _given_prompt(call: Mapping[str, Any], shape: tuple[int, int], start: int, r
 # The plans
 
 
-def prompt_plan(call: Mapping[str, Any], language_model: bool) -> Plan:
+def prompt_plan(call: Mapping[str, Any], language_model: bool, training: bool = False) -> Plan:
     """Plan of a pass through a model with one stream of tokens, outside `generate`.
 
-    The prompt is `prompt_mask`, or else what next-token `labels` leave out, or else the whole real sequence.
+    The prompt is `prompt_mask`, or else what next-token `labels` leave out, or else the whole real sequence. The
+    latter, when a language model is in training, gives a warning: it is seldom meant.
     """
     found = _shape(call)
     if found is None:
@@ -368,13 +397,15 @@ def prompt_plan(call: Mapping[str, Any], language_model: bool) -> Plan:
                 faults.append((NO_PROMPT, promptless))
         else:
             prompt = real
+            if training and language_model and positions.needs_prompt and not torch.compiler.is_compiling():
+                warnings.warn(_PROMPT_UNKNOWN.format(positions), stacklevel=2)
         breaks = torch.arange(real.shape[1], device=real.device) == past if past else None
         result = _assign(positions, prompt, real, starts, breaks)
         for fault, where in faults:
             result = torch.where(where, fault, result).to(torch.int8)
         return result[:, past:]
 
-    return Plan(shape, codes)
+    return Plan(shape, codes, training)
 
 
 def _assign(
