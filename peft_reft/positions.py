@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 
 IGNORE_INDEX = -100
-MAX_WORDS = 5
 
 _WORD = re.compile(r"(?P<whole>all|prompt|completion)|(?P<kind>[flc])(?P<count>[1-9]\d*)")
 _KINDS = {"f": "first", "l": "last", "c": "count", "all": "all", "prompt": "prompt", "completion": "completion"}
