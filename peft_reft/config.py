@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
 from peft_reft import positions as pos
@@ -175,19 +176,33 @@ class ReftConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression "
-                f"target_modules={self.target_modules!r}: put the layers into the expression, or name modules in a list."
+                f"target_modules={self.target_modules!r}: write the layers into it, or name modules in a list."
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`, and tell in the model card beside it how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / "README.md"
-        if path.exists():
-            card = ModelCard.load(path)
-        else:
-            data = ModelCardData(library_name="peft", base_model=self.base_model_name_or_path or None)
-            card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
-        if _CARD_HEADING not in card.content:
-            card.data.tags = sorted({*(card.data.tags or []), "reft", "peft_reft"})
-            card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
-            card.save(path)
+        folder = Path(save_directory)
+        _add_to_card(folder, self.base_model_name_or_path)
+        if _is_peft_card(folder.parent) and not (folder.parent / CONFIG_NAME).exists():
+            # The folder holds a named adapter; the card above is the one that the hub shows.
+            _add_to_card(folder.parent, self.base_model_name_or_path)
+
+
+def _is_peft_card(folder: Path) -> bool:
+    path = folder / "README.md"
+    return path.exists() and "library_name: peft\n" in path.read_text(encoding="utf-8")
+
+
+def _add_to_card(folder: Path, base_model: str | None) -> None:
+    path = folder / "README.md"
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        data = ModelCardData(library_name="peft", base_model=base_model or None)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
+    # PEFT replaces the tags each time it saves.
+    card.data.tags = sorted({*(card.data.tags or []), "reft", "peft_reft"})
+    if _CARD_HEADING not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
+    card.save(path)
