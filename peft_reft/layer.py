@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
@@ -43,6 +45,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
+        self._handle: RemovableHandle | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -56,25 +59,34 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     @classmethod
     def attach(cls, site: Site, tracker: PromptTracker) -> ReftLayer:
         """The layer of a site; mutates the site's module when there is none yet. `detach` undoes it."""
+        layer = cls.at(site)
+        if layer is None:
+            layer = cls(site, tracker)
+            site.module.add_module(CHILD_NAME, layer)
+            # Before other hooks: Transformers records hidden states in one, which are to be the edited ones. The handle
+            # travels with copies and pickles, and keeps its number from being given to another hook there.
+            layer._handle = site.module.register_forward_hook(layer.edit_output, prepend=True)
+        return layer
+
+    @classmethod
+    def at(cls, site: Site) -> ReftLayer | None:
+        """The layer of a site, if there is one.
+
+        Raises:
+            ValueError: something else has taken its name.
+        """
         layer = getattr(site.module, CHILD_NAME, None)
-        if isinstance(layer, cls):
-            return layer
-        if layer is not None:
+        if layer is not None and not isinstance(layer, cls):
             raise ValueError(
                 f"{site.name!r} already has an attribute {CHILD_NAME!r} ({type(layer).__name__}), the name that "
                 "peft_reft gives its layers; exclude the module with exclude_modules."
             )
-        layer = cls(site, tracker)
-        site.module.add_module(CHILD_NAME, layer)
-        # Before other hooks: Transformers records hidden states in one, which are to be the edited ones.
-        site.module.register_forward_hook(layer.edit_output, prepend=True)
         return layer
 
     @staticmethod
     def detach(module: nn.Module) -> None:
         """Take the layer and its hook from a module again."""
-        layer = module._modules.pop(CHILD_NAME)
-        remove_hooks(module, layer)
+        module._modules.pop(CHILD_NAME)._handle.remove()
 
     def update_layer(self, adapter_name: str, config: ReftConfig, module: nn.Module) -> None:
         """Add an adapter, on the device of `module`, in float32."""
@@ -96,11 +108,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; when no other is active, the first of the model's remaining ones becomes so."""
-        # Every layer chooses alike, although not every adapter is on every layer.
-        remaining = sorted(name for name in self.tracker.adapters if name != adapter_name)
-        active = [name for name in self.active_adapters if name != adapter_name]
+        # Every layer chooses alike, although not every adapter is on every layer. The list is kept here, since
+        # Transformers deletes adapters without the tuner.
+        self.tracker.adapters = [name for name in self.tracker.adapters if name != adapter_name]
         if adapter_name in self.active_adapters:
-            self.set_adapter(active or remaining[:1])
+            active = [name for name in self.active_adapters if name != adapter_name]
+            successor = sorted(self.tracker.adapters)[:1]
+            if successor and not active:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. "
+                    f"Setting active adapter to {successor[0]}.",
+                    stacklevel=2,
+                )
+            self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
 
     def edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -129,18 +149,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def __repr__(self) -> str:
         adapters = ", ".join(f"{name}: {positions}" for name, positions in self.reft_positions.items())
         return f"{type(self).__name__}({self.out_features}, {adapters})"
-
-
-def remove_hooks(module: nn.Module, owner: object) -> None:
-    """Remove the forward hooks of a module that are methods of `owner`."""
-    # Found by owner rather than by a stored handle, which a copied model would share with the original.
-    for hooks, flags in (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-    ):
-        for handle in [handle for handle, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
-            for registry in (hooks, *flags):
-                registry.pop(handle, None)
 
 
 def _device(module: nn.Module) -> torch.device:

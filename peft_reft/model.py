@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_reft.config import ReftConfig
-from peft_reft.layer import CHILD_NAME, ReftLayer, remove_hooks
+from peft_reft.layer import CHILD_NAME, ReftLayer
 from peft_reft.prompts import DECODER, ENCODER, Entry, PromptTracker, TrackedGenerate
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder
 
@@ -51,12 +51,18 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Older PEFT calls the model's `forward`, past its hooks.
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         # Raises before anything is touched. Kept for the matching that follows, which sees names only.
         self._sites: dict[str, Site] = {site.name: site for site in find_sites(model, peft_config)}
+        for site in self._sites.values():
+            ReftLayer.at(site)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._sites
@@ -73,6 +79,7 @@ class ReftModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         if state_dict is not None:
+            self._check_state_dict(model, self.peft_config[adapter_name], state_dict)
             # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
             state_dict = {
                 key.replace(f".{CHILD_NAME}.{self.prefix}", f".{self.prefix}"): state_dict[key] for key in state_dict
@@ -81,6 +88,15 @@ class ReftModel(BaseTuner):
         tracker = _tracker_of(model)
         if adapter_name not in tracker.adapters:
             tracker.adapters.append(adapter_name)
+
+    def _check_state_dict(self, model: nn.Module, config: ReftConfig, state_dict: dict[str, torch.Tensor]) -> None:
+        marker = f".{CHILD_NAME}.{self.prefix}"
+        named = {key.rsplit(marker, 1)[0] for key in state_dict if marker in key}
+        left_out = named - {site.name for site in find_sites(model, config)}
+        if left_out:
+            raise ValueError(
+                f"state_dict has weights for {sorted(left_out)}, which the config does not select in this model."
+            )
 
     def _create_and_replace(
         self,
@@ -92,8 +108,6 @@ class ReftModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if current_key not in self._sites:
-            raise ValueError(f"The adapter's weights name {current_key!r}, which its config does not select.")
         layer = ReftLayer.attach(self._sites[current_key], _tracker_of(self.model) or _track(self.model))
         layer.update_layer(adapter_name, peft_config, target)
 
@@ -115,11 +129,6 @@ class ReftModel(BaseTuner):
             )
         yield
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        tracker = _tracker_of(self.model)
-        tracker.adapters = [name for name in tracker.adapters if name != adapter_name]
-
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
             "A ReFT adapter cannot be merged: it edits hidden representations of chosen tokens, which no change of the "
@@ -132,7 +141,10 @@ class ReftModel(BaseTuner):
         for module, _ in list(_layers(self.model)):
             ReftLayer.detach(module)
         _untrack(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        # Older PEFT leaves it, and then warns of a model that has been adapted before.
+        model.__dict__.pop("peft_config", None)
+        return model
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
@@ -187,6 +199,18 @@ def _untrack(model: nn.Module) -> None:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         entries = {id(entry): entry for hook in hooks if isinstance(entry := getattr(hook, "__self__", None), Entry)}
         for entry in entries.values():
-            remove_hooks(module, entry)
+            _remove_hooks(module, entry)
     if isinstance(model.__dict__.get("generate"), TrackedGenerate):
         del model.generate
+
+
+def _remove_hooks(module: nn.Module, owner: object) -> None:
+    """Remove the forward hooks of a module that are methods of `owner`."""
+    # Found by owner rather than by a stored handle, which a copied model would share with the original.
+    for hooks, flags in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for handle in [handle for handle, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            for registry in (hooks, *flags):
+                registry.pop(handle, None)
