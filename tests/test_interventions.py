@@ -1,0 +1,227 @@
+"""The maths against the paper's equation in loops: values, gradients, orthonormality, initialization."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from reference import gram_schmidt, loreft
+
+from peft_reft.interventions import LoreftIntervention, orthonormal_rows
+
+FEATURES, RANK = 24, 4
+
+
+def make(units: int = 1, dtype: torch.dtype = torch.float64, **options) -> LoreftIntervention:
+    return LoreftIntervention(FEATURES, RANK, units=units, **{"init_weights": False, **options}).to(dtype)
+
+
+def by_loops(intervention: LoreftIntervention, hidden: torch.Tensor, units: list[int | None]) -> torch.Tensor:
+    rows = []
+    for h, unit in zip(hidden, units, strict=True):
+        if unit is not None:
+            h = loreft(h, intervention.projection[unit], intervention.weight[unit], intervention.bias[unit])
+        rows.append(h)
+    return torch.stack(rows)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
+@pytest.mark.parametrize("units", [1, 3])
+def test_values_and_gradients_equal_equation_2(units, dtype, tolerance):
+    intervention = make(units, dtype)
+    hidden = torch.randn(7, FEATURES, dtype=dtype, requires_grad=True)
+    chosen = [None if i == 3 else i % units for i in range(7)]
+    gate = torch.tensor([[float(unit == u) for u in range(units)] for unit in chosen], dtype=dtype)
+    got = hidden + intervention(hidden, gate)
+    expected = by_loops(intervention, hidden, chosen)
+    assert relative_error(got, expected) < tolerance
+
+    probe = torch.randn_like(got)
+    leaves = [hidden, *intervention.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((got * probe).sum(), leaves),
+        torch.autograd.grad((expected * probe).sum(), leaves),
+        strict=True,
+    ):
+        assert relative_error(mine, theirs) < tolerance
+
+
+def test_without_a_gate_the_only_unit_edits_everything():
+    intervention = make()
+    hidden = torch.randn(2, 5, FEATURES, dtype=torch.float64)
+    expected = by_loops(intervention, hidden.flatten(0, 1), [0] * 10).view_as(hidden)
+    torch.testing.assert_close(hidden + intervention(hidden), expected)
+
+
+def test_gradcheck():
+    intervention = make(2)
+    hidden = torch.randn(3, FEATURES, dtype=torch.float64, requires_grad=True)
+    gate = torch.eye(2, dtype=torch.float64)[[0, 1, 1]]
+    parameters = list(intervention.parameters())
+
+    def edit(hidden, *_):
+        return intervention(hidden, gate)
+
+    assert torch.autograd.gradcheck(edit, (hidden, *parameters))
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "gelu", "tanh"])
+def test_activation_on_the_learned_projection(act_fn):
+    intervention = make(act_fn=act_fn)
+    activation = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "tanh": torch.tanh}[act_fn]
+    h = torch.randn(FEATURES, dtype=torch.float64)
+    rows = gram_schmidt(intervention.projection[0])
+    expected = rows.T @ (activation(intervention.weight[0] @ h + intervention.bias[0]) - rows @ h)
+    torch.testing.assert_close(intervention(h[None])[0], expected)
+
+
+def test_a_fresh_intervention_is_the_identity_exactly():
+    intervention = LoreftIntervention(FEATURES, RANK, units=2)
+    hidden = 100 * torch.randn(9, FEATURES)
+    assert torch.equal(hidden + intervention(hidden, torch.ones(9, 2)), hidden)
+
+
+def test_pyreft_initialization_draws_w_and_b_as_nn_linear_does():
+    torch.manual_seed(0)
+    intervention = LoreftIntervention(400, 8, units=5, init_weights="pyreft")
+    linear = torch.nn.Linear(400, 4000)
+    for mine, theirs in ((intervention.weight, linear.weight), (intervention.bias, linear.bias)):
+        assert mine.abs().max() <= theirs.abs().max() * 1.01
+        assert mine.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
+    rows = intervention.orthonormal_projection()
+    hidden = torch.randn(512, 400)
+    jump = (intervention(hidden, torch.eye(5)[torch.arange(512) % 5]).norm(dim=-1) / hidden.norm(dim=-1)).mean()
+    # Replacing r of d dimensions by something small moves h by about sqrt(r / d).
+    assert jump.item() == pytest.approx((8 / 400) ** 0.5, rel=0.25)
+    assert rows.shape == (5, 8, 400)
+
+
+def test_dropout_drops_entries_of_the_edited_representation():
+    intervention = make(dropout=0.5).train()
+    hidden = torch.randn(1000, FEATURES, dtype=torch.float64)
+    new = hidden + intervention(hidden)
+    undropped = hidden + intervention.eval()(hidden)
+    kept = new.abs() > 1e-9
+    assert kept.double().mean().item() == pytest.approx(0.5, abs=0.02)
+    torch.testing.assert_close(new[kept], 2 * undropped[kept])
+
+
+def test_dropout_leaves_tokens_alone_that_no_unit_edits():
+    intervention = make(dropout=0.5).train()
+    hidden = torch.randn(6, FEATURES, dtype=torch.float64)
+    gate = torch.tensor([1.0, 0, 1, 0, 0, 1], dtype=torch.float64)[:, None]
+    edit = intervention(hidden, gate)
+    assert not edit[gate[:, 0] == 0].any()
+    assert edit[gate[:, 0] == 1].any()
+
+
+# Orthonormality
+
+
+def orthonormality(rows: torch.Tensor) -> float:
+    rows = rows.double()
+    return (rows @ rows.mT - torch.eye(rows.shape[-2], dtype=torch.float64)).abs().max().item()
+
+
+STARTS = {
+    "random": lambda rows: rows,
+    "tiny": lambda rows: 1e-12 * rows,
+    "huge": lambda rows: 1e12 * rows,
+    "rows of very different size": lambda rows: rows * torch.logspace(-6, 6, rows.shape[-2])[:, None],
+    "rows nearly parallel": lambda rows: rows[..., :1, :] + 1e-3 * rows,
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_rows_are_orthonormal_and_span_the_same_space(start):
+    rows = STARTS[start](torch.randn(2, 8, 512))
+    made = orthonormal_rows(rows)
+    assert orthonormality(made) < 1e-6
+    for unit in range(2):
+        expected = gram_schmidt(rows[unit].double())
+        torch.testing.assert_close(made[unit].double(), gram_schmidt(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_rows_stay_orthonormal_in_training(weight_decay):
+    intervention = LoreftIntervention(64, 4)
+    optimizer = torch.optim.AdamW(intervention.parameters(), lr=4e-3, weight_decay=weight_decay)
+    hidden, target = torch.randn(128, 64), torch.randn(128, 64)
+    losses = []
+    for _ in range(300):
+        loss = (hidden + intervention(hidden) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert orthonormality(intervention.orthonormal_projection()) < 1e-6
+    # The subspace of the best constant edit explains part of the target, so there is something to learn.
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_low_precision_parameters_still_give_orthonormal_rows():
+    intervention = make(dtype=torch.bfloat16)
+    assert orthonormality(intervention.orthonormal_projection()) < 1e-6
+
+
+# The rows are computed once in evaluation
+
+
+def counted(monkeypatch) -> list[int]:
+    calls = []
+    original = orthonormal_rows
+    monkeypatch.setattr("peft_reft.interventions.orthonormal_rows", lambda m: calls.append(1) or original(m))
+    return calls
+
+
+def test_evaluation_computes_the_rows_once(monkeypatch):
+    intervention = make().eval()
+    calls = counted(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            intervention(torch.randn(2, FEATURES, dtype=torch.float64))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda i: i.projection.mul_(torch.rand_like(i.projection)),
+        lambda i: i.load_state_dict(make().state_dict()),
+        lambda i: setattr(i, "projection", torch.nn.Parameter(torch.randn_like(i.projection))),
+        lambda i: i.train().eval(),
+    ],
+    ids=["in place", "load_state_dict", "another parameter", "train and back"],
+)
+def test_a_changed_parameter_is_noticed_in_evaluation(change):
+    intervention = make().eval()
+    with torch.no_grad():
+        intervention.orthonormal_projection(torch.float64)
+        torch.manual_seed(5)
+        change(intervention)
+        expected = gram_schmidt(intervention.projection[0])
+        torch.testing.assert_close(intervention.orthonormal_projection(torch.float64)[0], expected)
+
+
+def test_copies_do_not_share_the_computed_rows():
+    intervention = make().eval()
+    with torch.no_grad():
+        intervention.orthonormal_projection(torch.float64)
+        for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
+            assert twin._rows_cache is None
+            twin.projection.copy_(torch.randn_like(twin.projection))
+            expected = gram_schmidt(twin.projection[0])
+            torch.testing.assert_close(twin.orthonormal_projection(torch.float64)[0], expected)
+
+
+def test_inference_mode_parameters_work():
+    with torch.inference_mode():
+        intervention = make().eval()
+        hidden = torch.randn(2, FEATURES, dtype=torch.float64)
+        torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
