@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
+from peft_reft.plan import EVERYTHING, Selection
 from peft_reft.positions import Positions
-from peft_reft.prompts import EVERYTHING, PromptTracker, Selection
 from peft_reft.sites import Site
+from peft_reft.tracker import PromptTracker
 
 CHILD_NAME = "reft"
 

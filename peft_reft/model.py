@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_reft.config import ReftConfig
+from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAME, ReftLayer
-from peft_reft.prompts import DECODER, ENCODER, Entry, PromptTracker, TrackedGenerate
+from peft_reft.plan import DECODER, ENCODER
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder
+from peft_reft.tracker import Entry, PromptTracker
 
 
 class ReftModel(BaseTuner):
@@ -146,6 +148,10 @@ class ReftModel(BaseTuner):
         model.__dict__.pop("peft_config", None)
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.
+        setattr(parent, child_name, new_module)
+
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
     """Every hooked module with its layer."""
@@ -172,13 +178,13 @@ def _track(model: nn.Module) -> PromptTracker:
     tracker = PromptTracker()
     generates = bool(getattr(model, "can_generate", bool)())
     both = is_encoder_decoder(model)
-    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), generates))
+    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), both, generates))
     for block_list in block_lists(model):
         owner = block_list.owner[1]
         if owner is not model:
-            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), generates and not both))
+            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), both, generates))
     if generates and not both:
-        model.generate = TrackedGenerate(model, tracker)
+        TrackedGenerate.attach(model, tracker)
     return tracker
 
 
@@ -200,8 +206,7 @@ def _untrack(model: nn.Module) -> None:
         entries = {id(entry): entry for hook in hooks if isinstance(entry := getattr(hook, "__self__", None), Entry)}
         for entry in entries.values():
             _remove_hooks(module, entry)
-    if isinstance(model.__dict__.get("generate"), TrackedGenerate):
-        del model.generate
+    TrackedGenerate.detach(model)
 
 
 def _remove_hooks(module: nn.Module, owner: object) -> None:

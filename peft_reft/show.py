@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_reft.layer import ReftLayer
+from peft_reft.plan import DECODER
 from peft_reft.positions import Positions
-from peft_reft.prompts import DECODER, encoder_plan, prompt_plan
+from peft_reft.prompts import Tokens, encoder_plan, prompt_plan
 
 Messages = Sequence[dict[str, Any]]
 
@@ -96,9 +97,9 @@ def _edits(model: nn.Module, ids: list[int], prompt_length: int) -> list[_Edits]
     edits = []
     for (adapter, positions, stream), count in layers.items():
         if stream == DECODER:
-            plan = prompt_plan({"input_ids": input_ids, "prompt_mask": prompt_mask}, language_model=False)
+            plan = prompt_plan(Tokens.of({"input_ids": input_ids, "prompt_mask": prompt_mask}), language_model=False)
         else:
-            plan = encoder_plan({"input_ids": input_ids})
+            plan = encoder_plan(Tokens.of({"input_ids": input_ids}))
         edits.append(_Edits(adapter, positions, count, plan.codes(positions, input_ids.device)[0].tolist()))
     return edits
 

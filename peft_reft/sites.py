@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_reft.config import ReftConfig
-from peft_reft.positions import Positions
-from peft_reft.prompts import DECODER, ENCODER
+from peft_reft.plan import DECODER, ENCODER
 
 
 @dataclass(frozen=True)
@@ -69,80 +68,84 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     """The stacks of blocks of a Transformers model's text part: one, or an encoder's and a decoder's.
 
     They are found by structure: within the part of the model that has the text configuration, the outermost
-    `nn.ModuleList`s of compound modules, and of those in one stream the one that holds the most parameters.
-    Empty for anything but a Transformers model.
+    `nn.ModuleList`s of blocks, and of those in one stream the one that holds the most parameters (two, if they hold
+    equally many). Empty for anything but a Transformers model.
     """
-    found = _text_model(model)
-    if found is None:
-        return []
-    prefix, text = found
-    encoder = _encoder_of(text)
-    best: dict[str, tuple[int, BlockList]] = {}
-    for name, blocks in _outermost_lists(text):
-        owner_name, owner = _owner(text, name)
-        if type(owner.config) is not type(text.config):
-            continue
-        inside_encoder = encoder is not None and any(module is blocks for module in encoder.modules())
-        stream = ENCODER if inside_encoder else DECODER
-        size = sum(parameter.numel() for parameter in blocks.parameters())
-        if stream not in best or size > best[stream][0]:
-            owner_name = _join(prefix, owner_name)
-            best[stream] = (size, BlockList(_join(prefix, name), blocks, (owner_name, owner), stream))
-    return [block_list for _, block_list in best.values()]
+    names = {module: name for name, module in model.named_modules()}
+    lists: list[BlockList] = []
+    seen: set[nn.Module] = set()
+    for stream, part in _streams(model).items():
+        sizes = {b: _parameter_count(b) for b in _text_lists(model, names, part) if b not in seen}
+        largest = [blocks for blocks, size in sizes.items() if size == max(sizes.values())]
+        lists += [BlockList(names[b], b, _owner(model, names[b]), stream) for b in largest]
+        # Some decoders (Florence-2) hold the encoder too.
+        seen.update(part.modules())
+    return lists
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether tokens pass through the model in two streams."""
-    found = _text_model(model)
-    return found is not None and _encoder_of(found[1]) is not None
+    return ENCODER in _streams(model)
 
 
-def _text_model(model: nn.Module) -> tuple[str, PreTrainedModel] | None:
-    if not isinstance(model, PreTrainedModel):
-        return None
+def _streams(model: nn.Module) -> dict[str, nn.Module]:
+    """The part of the model that each stream of tokens passes through; empty for anything but a Transformers model."""
+    text = _text_part(model) if isinstance(model, PreTrainedModel) else None
+    if text is None:
+        return {}
+    if not getattr(text.config, "is_encoder_decoder", False) or (encoder := text.get_encoder()) is text:
+        # Decoder-only classes of encoder-decoder families return themselves as encoder.
+        return {DECODER: text}
+    return {ENCODER: encoder, DECODER: text.get_decoder()}
+
+
+def _text_part(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The part of a model that has its text configuration: all of it, or one tower of a multimodal model."""
     text_config = model.config.get_text_config()
-    if text_config is model.config:
-        return "", model
-    return next(
-        (
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, PreTrainedModel) and type(module.config) is type(text_config)
-        ),
-        None,
-    )
+    # Composite encoder-decoder models call their decoder's configuration the text configuration.
+    if text_config is model.config or getattr(model.config, "is_encoder_decoder", False):
+        return model
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((part for part in parts if type(part.config) is type(text_config)), None)
 
 
-def _encoder_of(model: PreTrainedModel) -> nn.Module | None:
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return None
-    encoder = model.get_encoder()
-    # Decoder-only classes of encoder-decoder families return themselves.
-    return None if encoder is model else encoder
+def _text_lists(model: PreTrainedModel, names: Mapping[nn.Module, str], part: nn.Module) -> Iterator[nn.ModuleList]:
+    text = _text_part(part) if isinstance(part, PreTrainedModel) else part
+    if text is None:
+        return
+    config_type = type(_owner(model, names[text])[1].config)
+    for blocks in _outermost_lists(text):
+        if type(_owner(model, names[blocks])[1].config) is config_type:
+            yield blocks
 
 
-def _outermost_lists(model: nn.Module) -> Iterable[tuple[str, nn.ModuleList]]:
-    inside: list[str] = []
+def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """Lists of modules whose parts have parts themselves: blocks, rather than projections or experts."""
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if any(name.startswith(outer) for outer in inside):
+        if name.startswith(inside) or not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        compound = isinstance(module, nn.ModuleList) and len(module) > 0
-        if compound and all(next(block.children(), None) is not None for block in module):
-            inside.append(f"{name}.")
-            yield name, module
+        if all(any(_has_parts(part) for part in block.children()) for block in module):
+            inside += (f"{name}.",)
+            yield module
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
+    """The innermost Transformers model that is, or holds, the module of this name."""
     parts = name.split(".")
-    for length in range(len(parts) - 1, 0, -1):
+    for length in range(len(parts), 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))
         if isinstance(owner, PreTrainedModel):
             return ".".join(parts[:length]), owner
     return "", model
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
@@ -152,18 +155,53 @@ def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
         ValueError: the model has no blocks to find, a layer does not exist, nothing matches, a width cannot be told,
             or `r` is larger than a width.
     """
-    lists = block_lists(model)
     find = _block_sites if config.target_modules is None else _named_sites
-    sites = find(model, lists, config)
-    excluded = [site for site in sites if _matches(config.exclude_modules, site.name)]
-    saved = [site for site in sites if _holds_any(site.name, config.modules_to_save)]
-    sites = [site for site in sites if site not in excluded and site not in saved]
-    if not sites:
-        raise ValueError(_nothing_matched(config, lists, excluded, saved))
+    sites = _without_left_out(_reached(model, find(model, block_lists(model), config), config), config)
     for site in sites:
         if config.r > site.features:
             raise ValueError(f"r={config.r} is larger than the hidden size {site.features} of {site.name!r}.")
     return sites
+
+
+def _reached(model: nn.Module, sites: list[Site], config: ReftConfig) -> list[Site]:
+    """Those sites where `positions` can select a token."""
+    edited, streams = _edited_streams(model, config), _streams_by_module(model)
+    reached = [site for site in sites if streams.get(site.module) in (None, *edited)]
+    if not reached:
+        raise ValueError(
+            f"positions={config.positions!r} selects no token in {', '.join(repr(site.name) for site in sites)}: in an "
+            "encoder-decoder model the encoder's tokens are the prompt and the decoder's the completion."
+        )
+    return reached
+
+
+def _without_left_out(sites: list[Site], config: ReftConfig) -> list[Site]:
+    excluded = [site for site in sites if _matches(config.exclude_modules, site.name)]
+    saved = [site for site in sites if _holds_any(site.name, config.modules_to_save)]
+    kept = [site for site in sites if site not in excluded and site not in saved]
+    if not kept:
+        raise ValueError(
+            f"Nothing is left to edit: exclude_modules={config.exclude_modules!r} removed {len(excluded)} and "
+            f"modules_to_save={config.modules_to_save!r} {len(saved)} of the matching modules."
+        )
+    return kept
+
+
+def _streams_by_module(model: nn.Module) -> dict[nn.Module, str]:
+    # The encoder last: some decoders hold it too.
+    parts = reversed(_streams(model).items())
+    return {module: stream for stream, part in parts for module in part.modules()}
+
+
+def _edited_streams(model: nn.Module, config: ReftConfig) -> set[str]:
+    if not is_encoder_decoder(model):
+        return {DECODER}
+    positions = config.parsed_positions
+    words = {
+        ENCODER: positions.only(prompt=True, completion=False).words,
+        DECODER: positions.only(prompt=False, completion=True).words,
+    }
+    return {stream for stream in words if words[stream]}
 
 
 def _block_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -> list[Site]:
@@ -173,20 +211,24 @@ def _block_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
             f"{type(model).__name__}. Name the modules to edit in target_modules."
         )
     lists = _by_pattern(lists, config)
-    wanted = {block_list.name: _indices(len(block_list.blocks), config) for block_list in lists}
     _check_layers(lists, config)
-    positions = config.parsed_positions
+    for block_list in lists:
+        if not all(_has_output(block) for block in block_list.blocks):
+            raise ValueError(
+                f"The blocks of {block_list.name!r} ({type(block_list.blocks[0]).__name__}) have no output of their "
+                "own. Name the modules to edit in target_modules."
+            )
     return [
         Site(f"{block_list.name}.{index}", block, block_list.hidden_size, block_list.stream)
         for block_list in lists
-        if len(lists) == 1 or _reachable(positions, block_list.stream)
         for index, block in enumerate(block_list.blocks)
-        if index in wanted[block_list.name]
+        if index in _indices(len(block_list.blocks), config)
     ]
 
 
-def _reachable(positions: Positions, stream: str) -> bool:
-    return bool(positions.only(prompt=stream == ENCODER, completion=stream == DECODER).words)
+def _has_output(module: nn.Module) -> bool:
+    """Whether a module can be called; containers such as `nn.ModuleList` cannot."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _by_pattern(lists: list[BlockList], config: ReftConfig) -> list[BlockList]:
@@ -218,44 +260,54 @@ def _check_layers(lists: list[BlockList], config: ReftConfig) -> None:
     if wrong:
         stacks = " and ".join(f"{len(bl.blocks)} layers in {bl.name!r}" for bl in lists)
         raise ValueError(
-            f"layers_to_transform={config.layers_to_transform!r}: there is no layer {wrong[0]}. The model has {stacks}; "
-            f"allowed are 0 to {most - 1}, or -1 to {-most} counted from the end."
+            f"layers_to_transform={config.layers_to_transform!r}: there is no layer {wrong[0]}. The model has {stacks};"
+            f" allowed are 0 to {most - 1}, or -1 to {-most} counted from the end."
         )
 
 
 def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -> list[Site]:
-    if _layers(config) is not None:
+    homes = lists
+    if restricted := bool(config.layers_pattern) or _layers(config) is not None:
         if not lists:
             raise ValueError(
-                f"layers_to_transform={config.layers_to_transform!r} needs the blocks of a Transformers model, but none "
-                f"were found in {type(model).__name__}. Name each module in target_modules instead."
+                f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} need "
+                f"the blocks of a Transformers model, but none were found in {type(model).__name__}. Name each module "
+                "in target_modules instead."
             )
-        lists = _by_pattern(lists, config)
-        _check_layers(lists, config)
+        homes = _by_pattern(lists, config)
+        _check_layers(homes, config)
+    streams = _streams_by_module(model)
     sites = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside += (f"{name}.",)
-        if not name or name.startswith(inside) or not _matches(config.target_modules, name):
+    for name, module in _base_modules(model):
+        if not _matches(config.target_modules, name) or not _has_output(module):
             continue
-        home = next((bl for bl in lists if name.startswith(f"{bl.name}.")), None)
-        if _layers(config) is not None:
-            if home is None:
-                continue
-            index = name[len(home.name) + 1 :].split(".")[0]
-            if int(index) not in _indices(len(home.blocks), config):
-                continue
-        stream = home.stream if home is not None else _stream_of(model, module)
-        sites.append(Site(name, module, _features(model, name, module, home), stream))
+        home = next((bl for bl in homes if name.startswith(f"{bl.name}.")), None)
+        if restricted and (home is None or _index_in(home, name) not in _indices(len(home.blocks), config)):
+            continue
+        sites.append(Site(name, module, _features(model, name, module, home), streams.get(module, DECODER)))
+    if not sites:
+        layers = f" in layers_to_transform={config.layers_to_transform!r}" if _layers(config) is not None else ""
+        layers += f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module{layers}. A list matches whole names and their "
+            "endings, a string is a regular expression for the whole name. Containers such as nn.ModuleList have no "
+            "output to edit."
+        )
     return sites
 
 
-def _stream_of(model: nn.Module, module: nn.Module) -> str:
-    found = _text_model(model)
-    encoder = None if found is None else _encoder_of(found[1])
-    inside = encoder is not None and any(child is module for child in encoder.modules())
-    return ENCODER if inside else DECODER
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model, but for those inside adapters of any kind."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside):
+            yield name, module
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (f"{name}.",)
+
+
+def _index_in(home: BlockList, name: str) -> int:
+    return int(name[len(home.name) + 1 :].split(".")[0])
 
 
 def _matches(patterns: str | Iterable[str] | None, name: str) -> bool:
@@ -295,22 +347,3 @@ def _own_width(module: nn.Module) -> int | None:
     if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(module.children(), None) is None:
         return weight.shape[0]
     return None
-
-
-def _nothing_matched(config: ReftConfig, lists: list[BlockList], excluded: list[Site], saved: list[Site]) -> str:
-    if excluded or saved:
-        return (
-            f"Nothing is left to edit: exclude_modules={config.exclude_modules!r} removed {len(excluded)} and "
-            f"modules_to_save={config.modules_to_save!r} {len(saved)} of the matching modules."
-        )
-    if config.target_modules is None:
-        return (
-            f"positions={config.positions!r} with layers_to_transform={config.layers_to_transform!r} selects no block of "
-            f"{', '.join(repr(bl.name) for bl in lists)}. In an encoder-decoder model the encoder's tokens are the "
-            "prompt and the decoder's the completion."
-        )
-    return (
-        f"target_modules={config.target_modules!r} matches no module"
-        + (f" in layers_to_transform={config.layers_to_transform!r}." if _layers(config) is not None else ".")
-        + " A list matches whole names and their endings, a string is a regular expression for the whole name."
-    )

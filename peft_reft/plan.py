@@ -1,0 +1,155 @@
+"""What one pass edits: a plan for each stream of tokens, and the selection that a layer gets from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from peft_reft.positions import Positions
+
+# Streams of tokens: an encoder-decoder model has both, any other model only the first.
+DECODER, ENCODER = "decoder", "encoder"
+# Codes of tokens on which a pass must fail.
+NO_PROMPT, PROMPT_IS_PADDING = -1, -2
+
+# Position spec -> codes [batch, tokens] as `positions.assign` returns them, or the code of a unit that edits every
+# token, or None when nothing is edited.
+Codes = Callable[[Positions], torch.Tensor | int | None]
+
+_REMEDIES = (
+    "Use prompt/completion data, or assistant_only_loss=True with conversations, so that the prompt carries no labels "
+    "(-100); or edit every token with positions='all'; or pass prompt_mask to forward."
+)
+_NOTHING_EDITED = (
+    "positions='{}' edits no token of this training batch: its prompts are too short. Plain language modeling data "
+    "looks so when a padding-free collator takes the label off each first token, which leaves prompts of one "
+    "token. Use prompt/completion data, or positions='all'."
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The edited tokens of one pass, for one position spec; everything is None where unit 0 edits every token.
+
+    `codes` is int8 `[batch, tokens]` as `positions.assign` returns it. Outside compiled graphs `rows` `[n]` holds the
+    flat indices of the edited tokens and `units` `[n]` their units, unless so many are edited that going through all
+    of them is cheaper.
+    """
+
+    codes: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    units: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Selection:
+        moved = (None if t is None else t.to(device) for t in (self.codes, self.rows, self.units))
+        return Selection(*moved)
+
+
+EVERYTHING = Selection()
+
+
+class Plan:
+    """What one pass edits in one stream of tokens.
+
+    Args:
+        shape: `(batch, tokens)` of the pass, or None when the model does not tell (any module output fits then).
+        codes: see `Codes`; asked when the first layer needs it, for adapters may be disabled.
+        training: whether to warn when nothing is edited.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int] | None,
+        codes: Codes,
+        training: bool = False,
+    ) -> None:
+        self.shape = shape
+        self.training = training
+        self._codes = codes
+        self._selections: dict[tuple[Positions, torch.device], Selection | None] = {}
+
+    def selection(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
+        """The tokens of `hidden` `[batch, tokens, d]` to edit, None for none.
+
+        Raises:
+            ValueError: `hidden` has another token axis than the model's input, or its prompt cannot be told.
+        """
+        if self.shape is not None and tuple(hidden.shape[:2]) != self.shape:
+            raise ValueError(
+                f"{name} returned {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
+                f"{self.shape[1]} tokens, so positions={str(positions)!r} has no meaning there. Choose modules whose "
+                "output is [batch, tokens, features] with target_modules or layers_to_transform."
+            )
+        key = (positions, hidden.device)
+        if key not in self._selections:
+            self._selections[key] = self._select(positions, hidden)
+        return self._selections[key]
+
+    def codes(self, positions: Positions, device: torch.device) -> torch.Tensor:
+        """Code of each token, int8 `[batch, tokens]`, for a plan that knows its shape."""
+        codes = self._codes(positions)
+        if isinstance(codes, torch.Tensor):
+            return codes
+        return torch.full(self.shape, codes or 0, dtype=torch.int8, device=device)
+
+    def _select(self, positions: Positions, hidden: torch.Tensor) -> Selection | None:
+        codes = self._codes(positions)
+        if codes is None:
+            return None
+        if isinstance(codes, int):
+            if positions.units == 1:
+                return EVERYTHING
+            codes = torch.full(hidden.shape[:2], codes, dtype=torch.int8, device=hidden.device)
+        if codes.shape[0] != hidden.shape[0]:
+            codes = codes.repeat_interleave(hidden.shape[0] // codes.shape[0], dim=0)
+        if torch.compiler.is_compiling():
+            return Selection(codes.to(hidden.device))
+        # The one host synchronization of a pass.
+        on_host = codes.cpu()
+        _check_prompts(on_host, positions)
+        rows = on_host.flatten().nonzero().squeeze(1)
+        if rows.numel() == 0:
+            if self.training:
+                warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
+            return None
+        if positions.units == 1 and rows.numel() == on_host.numel():
+            return EVERYTHING
+        if 2 * rows.numel() > on_host.numel():
+            return Selection(codes).to(hidden.device)
+        units = on_host.flatten()[rows].long() - 1
+        return Selection(codes, rows, units).to(hidden.device)
+
+
+def _check_prompts(codes: torch.Tensor, positions: Positions) -> None:
+    for fault in (NO_PROMPT, PROMPT_IS_PADDING):
+        rows = (codes == fault).any(-1).nonzero().squeeze(1).tolist()
+        if not rows:
+            continue
+        which = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {len(codes)}"
+        if fault == PROMPT_IS_PADDING:
+            raise ValueError(
+                f"prompt_mask and attention_mask, both {tuple(codes.shape)} here, contradict each other: {which} "
+                "marks tokens as prompt that attention_mask marks as padding."
+            )
+        raise ValueError(
+            f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of {which} supervise "
+            f"the very first token: there is no prompt. {_REMEDIES}"
+        )
+
+
+def _everywhere(positions: Positions) -> int | None:
+    # Without any knowledge of the tokens each of them is prompt, in one sequence of unknown ends.
+    kinds = positions.kinds
+    if {"first", "last"} & set(kinds):
+        raise ValueError(
+            f"positions={str(positions)!r} needs the tokens of the sequence, but the model was entered through a "
+            "module that peft_reft does not hook. Call the model itself."
+        )
+    code = kinds.get("all", kinds.get("prompt", (0, 0)))[1]
+    return code or None
+
+
+UNKNOWN = Plan(None, _everywhere)

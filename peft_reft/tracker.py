@@ -1,0 +1,135 @@
+"""Follows a model's passes: hooks where a pass can enter, and the state that its ReFT layers ask for their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_reft.plan import ENCODER, UNKNOWN, Plan
+from peft_reft.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
+
+if TYPE_CHECKING:
+    from peft_reft.generation import Generation
+
+
+class PromptTracker:
+    """State of a model's current pass, shared by its `ReftLayer`s. Copies and pickles of the model start afresh.
+
+    Attributes:
+        adapters: names of all adapters, in the order they were added.
+        plans: stream of tokens -> its plan in the current pass.
+        entered: the entry that the current pass came in through.
+        generation: the `generate` call that is going on.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: list[str] = []
+        self.plans: dict[str, Plan] = {}
+        self.entered: Entry | None = None
+        self.generation: Generation | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"adapters": self.adapters, "plans": {}, "entered": None, "generation": None}
+
+    def plan(self, stream: str) -> Plan:
+        """The plan of a stream of tokens."""
+        return self.plans.get(stream, UNKNOWN)
+
+    def restore(self, plans: dict[str, Plan], _grad: torch.Tensor) -> None:
+        """Tensor hook: make the plans of an earlier pass current again."""
+        self.plans = plans
+
+    @contextmanager
+    def generating(self, generation: Generation) -> Iterator[None]:
+        outer, self.generation = self.generation, generation
+        try:
+            yield
+        finally:
+            self.generation = outer
+
+
+class Entry:
+    """Forward hooks of one module through which a pass can enter: they find the prompt before it and tidy up after.
+
+    Args:
+        tracker: shared state of the model.
+        names: names of the module's positional forward arguments.
+        streams: the streams of tokens that pass through the module.
+        encoder_decoder: whether the module is an encoder-decoder model or a part of one.
+        language_model: whether `labels` `[batch, tokens]` are next-token labels.
+    """
+
+    def __init__(
+        self,
+        tracker: PromptTracker,
+        names: tuple[str, ...],
+        streams: tuple[str, ...],
+        encoder_decoder: bool,
+        language_model: bool,
+    ) -> None:
+        self.tracker = tracker
+        self.names = names
+        self.streams = streams
+        self.encoder_decoder = encoder_decoder
+        self.language_model = language_model
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Forward pre-hook: plan the pass; takes `prompt_mask` out of the arguments."""
+        if self.tracker.entered not in (None, self):
+            return None
+        self.tracker.entered = self
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        _refuse(call)
+        self.tracker.plans = {stream: self._plan(stream, call, module.training) for stream in self.streams}
+        if "prompt_mask" not in kwargs:
+            return None
+        # The model's own forward does not know this argument.
+        return args, {name: value for name, value in kwargs.items() if name != "prompt_mask"}
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook, also called after an exception."""
+        if self.tracker.entered is not self:
+            return
+        self.tracker.entered = None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Checkpointed modules run their hooks again in the backward pass, perhaps after other forward passes. The
+            # engine enters this pass's graph through its outputs, which is the moment to bring its plans back.
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self.tracker.restore, self.tracker.plans))
+
+    def _plan(self, stream: str, call: Mapping[str, Any], training: bool) -> Plan:
+        if self.encoder_decoder:
+            if stream == ENCODER:
+                return encoder_plan(Tokens.of(call))
+            return decoder_plan(Tokens.of_decoder(call) if len(self.streams) > 1 else Tokens.of(call))
+        tokens = Tokens.of(call)
+        generation = self.tracker.generation
+        if generation is not None and tokens.prompt_mask is None:
+            return generation.plan(tokens)
+        return prompt_plan(tokens, self.language_model, training and torch.is_grad_enabled())
+
+
+def _refuse(call: Mapping[str, Any]) -> None:
+    if call.get("adapter_names") is not None:
+        raise NotImplementedError("ReFT does not support `adapter_names` (one adapter a row) yet.")
+    if type(call.get("cache")).__name__ == "PagedAttentionCache":
+        raise NotImplementedError(
+            "Continuous batching (generate_batch, cache_implementation='paged') mixes prompts and generated tokens in "
+            "one row, which ReFT's positions do not support. Use generate()."
+        )
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for value in output for tensor in _tensors(value)]
+    return []
