@@ -124,6 +124,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
 
+    def forward(self, hidden: Any) -> Any:
+        """What it is given: an edited `nn.Sequential` runs through all of its children."""
+        return hidden
+
     def edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook: the module's output with its hidden representations edited, None to leave it as it is."""
         adapters = [name for name in self.active_adapters if name in self.reft_intervention]

@@ -297,12 +297,14 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model, but for those inside adapters of any kind."""
+    """Names and modules of a model, but for ReFT's own layers and for what is inside wrappers of other methods."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name and not name.startswith(inside):
+        adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        wraps = isinstance(module, AuxiliaryTrainingWrapper) or hasattr(module, "base_layer")
+        if name and not name.startswith(inside) and (wraps or not adapter):
             yield name, module
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if adapter:
             inside += (f"{name}.",)
 
 
