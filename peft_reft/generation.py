@@ -122,10 +122,14 @@ class TrackedGenerate:
             model.generate = tracked.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        generate = self.replaced or partial(type(self.model).generate, self.model)
-        if self.tracker.generation is not None:
-            # The model drafts for itself (early exit): the prompt is that of the outer call.
-            return generate(*args, **kwargs)
+        with self.tracker.turn:
+            generate = self.replaced or partial(type(self.model).generate, self.model)
+            if self.tracker.generation is not None:
+                # The model drafts for itself (early exit): the prompt is that of the outer call.
+                return generate(*args, **kwargs)
+            return self._generate(generate, args, kwargs)
+
+    def _generate(self, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
         generation = self._open(ids, kwargs)
         kwargs.pop("prompt_mask", None)

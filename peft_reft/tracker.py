@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,18 +24,20 @@ class PromptTracker:
     Attributes:
         adapters: names of all adapters, in the order they were added.
         plans: stream of tokens -> its plan in the current pass.
-        entered: the entry that the current pass came in through.
+        entered: the entry that the current pass came in through, None between passes.
         generation: the `generate` call that is going on.
     """
 
-    def __init__(self) -> None:
-        self.adapters: list[str] = []
+    def __init__(self, adapters: tuple[str, ...] = ()) -> None:
+        self.adapters = list(adapters)
         self.plans: dict[str, Plan] = {}
         self.entered: Entry | None = None
         self.generation: Generation | None = None
+        # Threads of a server take turns, each with a whole `generate`.
+        self.turn = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"adapters": self.adapters, "plans": {}, "entered": None, "generation": None}
+    def __reduce__(self) -> tuple[type[PromptTracker], tuple[tuple[str, ...]]]:
+        return type(self), (tuple(self.adapters),)
 
     def plan(self, stream: str) -> Plan:
         """The plan of a stream of tokens."""
@@ -46,11 +49,12 @@ class PromptTracker:
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        outer, self.generation = self.generation, generation
+        """While the model generates, every pass belongs to `generation`."""
+        self.generation = generation
         try:
             yield
         finally:
-            self.generation = outer
+            self.generation = None
 
 
 class Entry:

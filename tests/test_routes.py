@@ -441,6 +441,25 @@ def test_generate_streaming_in_a_thread(spec, shared):
 
 
 @every_spec
+def test_generate_in_several_threads_at_once(spec, shared):
+    pair = make_pair(spec, shared)
+    prompts = sequences(PROMPTS)
+    results = {}
+
+    def run(number):
+        out = pair.peft.generate(input_ids=torch.tensor([prompts[number]]), **GENERATE)
+        results[number] = out[:, len(prompts[number]) :]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, expected in enumerate(expected_tokens(pair, prompts)):
+        assert_same_tokens(results[number], [expected])
+
+
+@every_spec
 @pytest.mark.parametrize("kept", ["dynamic", "static"])
 @pytest.mark.parametrize("handed", ["everything", "only-new"])
 def test_generate_continued_from_a_cache_equals_multi_turn_training(handed, kept, spec, shared):
@@ -684,8 +703,9 @@ def test_compiled_decode_with_a_static_cache_does_not_recompile_per_step(dynamo,
         assert_same_tokens(got, expected_tokens(pair, ids, max_new_tokens=steps, eos_token_id=None))
         graphs.append(dynamo["stats"]["unique_graphs"])
     assert graphs[0] >= 1, "nothing was compiled"
-    # A second length of the cache may cost one more graph, but no step does.
-    assert graphs[1] - graphs[0] <= 1
+    # The hook and the model are a graph each, once more for another length of the cache. Steps add nothing.
+    assert graphs[0] <= 2
+    assert graphs[1] - graphs[0] <= 2
 
 
 # Low precision
