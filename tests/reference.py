@@ -63,9 +63,8 @@ def gram_schmidt(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(orthonormal)
 
 
-def loreft(h: torch.Tensor, projection: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Equation 2 of the ReFT paper for one hidden representation [d]: h + R^T (W h + b - R h)."""
-    rows = gram_schmidt(projection)
+def loreft(h: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Equation 2 of the ReFT paper for one hidden representation [d]: h + R^T (W h + b - R h), R being `rows`."""
     return h + rows.T @ (weight @ h + bias - rows @ h)
 
 
@@ -75,12 +74,13 @@ def edit_sequence(
     """Hidden representations [tokens, d] of one sequence from its token `start` on, edited."""
     chosen = edited_tokens(spec, roles)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = [gram_schmidt(projection.to(dtype)) for projection in params["projection"]]
     edited = []
     for i, h in enumerate(hidden, start):
         if i in chosen:
             unit = 0 if shared else chosen[i]
             before = h.to(dtype)
-            after = loreft(before, *(params[name][unit].to(dtype) for name in ("projection", "weight", "bias")))
+            after = loreft(before, rows[unit], params["weight"][unit].to(dtype), params["bias"][unit].to(dtype))
             h = h + (after - before).to(h.dtype)
         edited.append(h)
     return torch.stack(edited)

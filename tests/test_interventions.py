@@ -22,7 +22,8 @@ def by_loops(intervention: LoreftIntervention, hidden: torch.Tensor, units: list
     rows = []
     for h, unit in zip(hidden, units, strict=True):
         if unit is not None:
-            h = loreft(h, intervention.projection[unit], intervention.weight[unit], intervention.bias[unit])
+            rows_of_unit = gram_schmidt(intervention.projection[unit])
+            h = loreft(h, rows_of_unit, intervention.weight[unit], intervention.bias[unit])
         rows.append(h)
     return torch.stack(rows)
 

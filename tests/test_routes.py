@@ -6,6 +6,7 @@ Every test compares with the loop reference on each sequence alone; its id names
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -124,7 +125,7 @@ def packed(roles, ids):
     supervised = torch.tensor([[role == "c" for document in roles for role in document]])
     labels = flat.masked_fill(~supervised, -100)
     ends = torch.tensor([0, *map(len, ids)]).cumsum(0)
-    where = [torch.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    where = [torch.arange(a, b) for a, b in itertools.pairwise(ends)]
     return flat, positions, labels, ~supervised, ends.int(), where
 
 
@@ -604,7 +605,7 @@ TARGETS = ("cccc", "cc", "c")
 
 def seq2seq_pair(family: str, spec: str, shared: bool):
     builder, encoder, decoder = SEQ2SEQ[family]
-    words = set(spec.replace("2", "").replace("3", "").split("+"))
+    words = {word.rstrip("123") for word in spec.split("+")}
     sites = encoder if words & {"f", "l", "prompt", "all"} else ()
     sites += decoder if words & {"c", "completion", "all"} else ()
     pair = make_pair(spec, shared, base=builder(), sites=sites, task_type="SEQ_2_SEQ_LM")
@@ -678,19 +679,36 @@ def dynamo():
     torch._dynamo.reset()
 
 
+def compiled_pair(spec: str, shared: bool):
+    # Capture costs seconds a layer.
+    sites = ("model.layers.0", "model.layers.1")
+    return make_pair(spec, shared, base=llama(num_hidden_layers=2), sites=sites)
+
+
 @every_spec
-@pytest.mark.parametrize("entry", ["injected model", "peft model"])
-def test_compiled_forward_in_one_graph(dynamo, entry, spec, shared):
-    pair = make_pair(spec, shared)
-    model = pair.peft if entry == "peft model" else pair.peft.base_model.model
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    whole_batch(pair, compiled)
+def test_compiled_forward_in_one_graph(dynamo, spec, shared):
+    pair = compiled_pair(spec, shared)
+    whole_batch(pair, torch.compile(pair.peft.base_model.model, backend="eager", fullgraph=True))
     assert dynamo["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_peft_model_in_one_graph(dynamo):
+    pair = compiled_pair("f2+l3", False)
+    whole_batch(pair, torch.compile(pair.peft, backend="eager", fullgraph=True))
+    assert dynamo["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@every_spec
+def test_compiled_by_inductor(dynamo, spec, shared):
+    """Compiled to machine code, the backward pass too."""
+    pair = compiled_pair(spec, shared)
+    whole_batch(pair, torch.compile(pair.peft.base_model.model, fullgraph=True))
 
 
 @every_spec
 def test_compiled_decode_with_a_static_cache_does_not_recompile_per_step(dynamo, spec, shared):
-    pair = make_pair(spec, shared)
+    pair = compiled_pair(spec, shared)
     compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compile_config._compile_all_devices = True
     options = {"cache_implementation": "static", "compile_config": compile_config}
