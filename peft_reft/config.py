@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,38 +133,54 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
+        for name in ("layers_to_transform", "layers_pattern", "target_modules", "exclude_modules", "modules_to_save"):
+            setattr(self, name, _as_list(getattr(self, name)))
+        self._check_names()
         self._check_numbers()
         self._check_choices()
         self._check_contradictions()
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
 
     @property
     def parsed_positions(self) -> pos.Positions:
         """`positions` and `share_weights`, parsed."""
         return pos.parse(self.positions, self.share_weights)
 
+    def _check_names(self) -> None:
+        for name in ("layers_pattern", "target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _are_names(value)):
+                raise ValueError(f"{name} must be a string or a list of strings, got {value!r}.")
+        if not (self.modules_to_save is None or _are_names(self.modules_to_save)):
+            raise ValueError(f"modules_to_save must be a list of strings, got {self.modules_to_save!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+
     def _check_numbers(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not _is_integer(self.r) or self.r < 1:
             raise ValueError(f"r must be a positive integer, got {self.r!r}.")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}.")
         layers = self.layers_to_transform
-        layers = [] if layers is None else [layers] if isinstance(layers, int) else layers
-        if isinstance(layers, str) or any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
-            raise ValueError(f"layers_to_transform must be an integer or integers, got {self.layers_to_transform!r}.")
-        if self.layers_to_transform is not None and not layers:
+        if layers == []:
             raise ValueError("layers_to_transform=[] selects no layer; None selects every layer.")
+        if layers is not None and not all(_is_integer(i) for i in (layers if isinstance(layers, list) else [layers])):
+            raise ValueError(f"layers_to_transform must be an integer or integers, got {layers!r}.")
 
     def _check_choices(self) -> None:
         self.parsed_positions  # noqa: B018  raises on an unknown word
         for name, allowed in (("intervention", sorted(INTERVENTIONS)), ("component", list(COMPONENTS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed are {allowed}.")
-        if self.act_fn is not None and self.act_fn not in ACT2FN:
+        if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
             raise ValueError(f"Unknown act_fn {self.act_fn!r}; allowed are {sorted(ACT2FN)}, or None.")
-        if self.init_weights not in (True, False, "pyreft"):
+        if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
+        if not isinstance(self.share_weights, bool):
+            raise ValueError(f"share_weights must be True or False, got {self.share_weights!r}.")
 
     def _check_contradictions(self) -> None:
         if self.target_modules is not None and not self.target_modules:
@@ -187,6 +204,21 @@ class ReftConfig(PeftConfig):
         if _is_peft_card(folder.parent) and not (folder.parent / CONFIG_NAME).exists():
             # The folder holds a named adapter; the card above is the one that the hub shows.
             _add_to_card(folder.parent, self.base_model_name_or_path)
+
+
+def _as_list(value: Any) -> Any:
+    """A collection as the list that JSON gives back, a set in sorted order; anything else as it is."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_peft_card(folder: Path) -> bool:
