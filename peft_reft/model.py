@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from peft_reft.config import ReftConfig
 from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAME, ReftLayer
 from peft_reft.plan import DECODER, ENCODER
-from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder
+from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
 from peft_reft.tracker import Entry, PromptTracker
 
 
@@ -66,7 +66,10 @@ class ReftModel(BaseTuner):
         for site in self._sites.values():
             ReftLayer.at(site)
 
-    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:
+        if key not in self._sites and matches(peft_config.exclude_modules, key):
+            # Without it PEFT warns that `exclude_modules` had no effect.
+            return _ExcludedModule()
         return key in self._sites
 
     def _check_target_module_compatiblity(self, peft_config: ReftConfig, model: nn.Module, target_name: str) -> None:

@@ -176,7 +176,7 @@ def _reached(model: nn.Module, sites: list[Site], config: ReftConfig) -> list[Si
 
 
 def _without_left_out(sites: list[Site], config: ReftConfig) -> list[Site]:
-    excluded = [site for site in sites if _matches(config.exclude_modules, site.name)]
+    excluded = [site for site in sites if matches(config.exclude_modules, site.name)]
     saved = [site for site in sites if _holds_any(site.name, config.modules_to_save)]
     kept = [site for site in sites if site not in excluded and site not in saved]
     if not kept:
@@ -279,7 +279,7 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
     streams = _streams_by_module(model)
     sites = []
     for name, module in _base_modules(model):
-        if not _matches(config.target_modules, name) or not _has_output(module):
+        if not matches(config.target_modules, name) or not _has_output(module):
             continue
         home = next((bl for bl in homes if name.startswith(f"{bl.name}.")), None)
         if restricted and (home is None or _index_in(home, name) not in _indices(len(home.blocks), config)):
@@ -312,7 +312,8 @@ def _index_in(home: BlockList, name: str) -> int:
     return int(name[len(home.name) + 1 :].split(".")[0])
 
 
-def _matches(patterns: str | Iterable[str] | None, name: str) -> bool:
+def matches(patterns: str | Iterable[str] | None, name: str) -> bool:
+    """Whether a name is what a regular expression, or one of a list of names and endings, asks for."""
     if not patterns:
         return False
     if isinstance(patterns, str):

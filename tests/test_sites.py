@@ -223,6 +223,7 @@ def test_an_unknown_layers_pattern_is_refused_with_the_stacks_there_are():
         adapted(ZOO["t5"].build(), layers_pattern="h")
 
 
+@pytest.mark.filterwarnings("error:You have passed exclude_modules")
 def test_exclude_modules_takes_names_and_regular_expressions():
     assert sites_of(adapted(tiny.llama(), exclude_modules=["layers.1"])) == ["model.layers.0", "model.layers.2"]
     assert sites_of(adapted(tiny.llama(), exclude_modules=r".*layers\.[01]")) == ["model.layers.2"]
