@@ -77,7 +77,7 @@ class Plan:
         Raises:
             ValueError: `hidden` has another token axis than the model's input, or its prompt cannot be told.
         """
-        if self.shape is not None and tuple(hidden.shape[:2]) != self.shape:
+        if self.shape is not None and (hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape):
             raise ValueError(
                 f"{name} returned {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
                 f"{self.shape[1]} tokens, so positions={str(positions)!r} has no meaning there. Choose modules whose "

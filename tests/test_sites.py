@@ -419,6 +419,14 @@ def test_a_width_that_cannot_be_told_is_refused_with_the_remedy():
         adapted(base, target_modules=["first"], positions="all")(inputs_embeds=torch.randn(2, 7, 8))
 
 
+@pytest.mark.parametrize("target", ["q_norm", "rotary_emb"])
+def test_an_output_without_the_token_axis_of_the_input_is_refused(target):
+    model = adapted(ZOO["qwen3"].build(), target_modules=[target], positions="l1")
+    # [batch, tokens, heads, features of a head], and [1, tokens, features of a head]
+    with pytest.raises(ValueError, match=rf"{target} returned .* (2 sequences of 7 tokens|adapters were built for)"):
+        model(**inputs_of("qwen3"))
+
+
 # Encoder-decoder models
 
 
