@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_reft.plan import UNKNOWN, Plan
+from peft_reft.plan import Plan, WholeSequence
 from peft_reft.positions import Positions
 from peft_reft.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
 from peft_reft.tracker import PromptTracker
@@ -50,7 +50,7 @@ class Generation:
     def plan(self, tokens: Tokens) -> Plan:
         """Plan of one of the passes that `generate` makes."""
         if tokens.shape is None:
-            return UNKNOWN
+            return WholeSequence()
         count, seen = tokens.shape[1], self.seen
         start = seen if tokens.past is None else tokens.past
         # A number that changed at every step would make a compiled decoding step recompile.

@@ -139,17 +139,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"{self.site_name} returned {tuple(hidden.shape)}, but its adapters were built for "
                 f"{self.out_features} features. Give the module the right out_features, or target another one."
             )
+        plan = self.tracker.plan(self.stream)
+        if hidden.dim() == 2 and plan.shape is not None and len(hidden) == plan.shape[0] * plan.shape[1]:
+            # Some models put all tokens on one axis for a while.
+            edited = hidden.unflatten(0, plan.shape)
+        untouched = edited
         for name in adapters:
-            selection = self._selection(self.reft_positions[name], edited)
-            if selection is not None:
-                edited = _apply(self.reft_intervention[name], selection, edited, self.reft_positions[name].units)
-        return None if edited is hidden else _with_hidden(output, edited)
-
-    def _selection(self, positions: Positions, hidden: torch.Tensor) -> Selection | None:
-        if hidden.dim() == 2:
+            positions = self.reft_positions[name]
             # [rows, features]: without a token axis every row counts.
-            return EVERYTHING
-        return self.tracker.plan(self.stream).selection(positions, hidden, self.site_name)
+            rows = edited.dim() == 2
+            selection = EVERYTHING if rows else plan.selection(positions, edited, self.site_name)
+            if selection is not None:
+                edited = _apply(self.reft_intervention[name], selection, edited, positions.units)
+        return None if edited is untouched else _with_hidden(output, edited.view_as(hidden))
 
     def __repr__(self) -> str:
         adapters = ", ".join(f"{name}: {positions}" for name, positions in self.reft_positions.items())

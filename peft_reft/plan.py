@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_reft import positions as pos
 from peft_reft.positions import Positions
 
 # Streams of tokens: an encoder-decoder model has both, any other model only the first.
@@ -140,16 +141,21 @@ def _check_prompts(codes: torch.Tensor, positions: Positions) -> None:
         )
 
 
-def _everywhere(positions: Positions) -> int | None:
-    # Without any knowledge of the tokens each of them is prompt, in one sequence of unknown ends.
-    kinds = positions.kinds
-    if {"first", "last"} & set(kinds):
-        raise ValueError(
-            f"positions={str(positions)!r} needs the tokens of the sequence, but the model was entered through a "
-            "module that peft_reft does not hook. Call the model itself."
-        )
-    code = kinds.get("all", kinds.get("prompt", (0, 0)))[1]
-    return code or None
+class WholeSequence(Plan):
+    """The plan of a pass that says nothing about its tokens: all that a module puts out is one prompt."""
 
+    def __init__(self) -> None:
+        super().__init__(None, self._every_token)
 
-UNKNOWN = Plan(None, _everywhere)
+    def selection(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
+        shape = tuple(hidden.shape[:2])
+
+        def codes(positions: Positions) -> torch.Tensor:
+            prompt = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+            return pos.assign(positions, prompt, torch.zeros_like(prompt))
+
+        return Plan(shape, codes if positions.needs_prompt else self._every_token).selection(positions, hidden, name)
+
+    @staticmethod
+    def _every_token(positions: Positions) -> int:
+        return positions.tail

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peft_reft import positions as pos
-from peft_reft.plan import NO_PROMPT, PROMPT_IS_PADDING, UNKNOWN, Plan
+from peft_reft.plan import NO_PROMPT, PROMPT_IS_PADDING, Plan, WholeSequence
 from peft_reft.positions import Positions
 
 CACHES = ("past_key_values", "cache_params")
@@ -194,7 +194,7 @@ def prompt_plan(tokens: Tokens, language_model: bool, training: bool = False) ->
     latter, when a language model is in training, gives a warning: it is seldom meant.
     """
     if tokens.shape is None:
-        return UNKNOWN
+        return WholeSequence()
 
     def codes(positions: Positions) -> torch.Tensor | int:
         if tokens.mask is None and not positions.needs_prompt:
@@ -230,6 +230,11 @@ def decoder_plan(tokens: Tokens) -> Plan:
     """Plan of the decoder's tokens in an encoder-decoder model: none of them is prompt."""
 
     def codes(positions: Positions) -> torch.Tensor | int | None:
+        if tokens.shape is None and positions.counted:
+            raise ValueError(
+                f"positions={str(positions)!r} counts the decoder's tokens, but this pass does not tell them: pass "
+                "decoder_input_ids or labels."
+            )
         if tokens.shape is None or (tokens.mask is None and not positions.counted):
             return positions.tail or None
         real = tokens.real()

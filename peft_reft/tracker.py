@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_reft.plan import ENCODER, UNKNOWN, Plan
+from peft_reft.plan import ENCODER, Plan, WholeSequence
 from peft_reft.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PromptTracker:
 
     def plan(self, stream: str) -> Plan:
         """The plan of a stream of tokens."""
-        return self.plans.get(stream, UNKNOWN)
+        return self.plans.get(stream) or WholeSequence()
 
     def restore(self, plans: dict[str, Plan], _grad: torch.Tensor) -> None:
         """Tensor hook: make the plans of an earlier pass current again."""

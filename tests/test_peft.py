@@ -15,9 +15,7 @@ import peft
 import pytest
 import tiny
 import torch
-import transformers
 from huggingface_hub import ModelCard
-from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -83,14 +81,6 @@ def shift(model, by: float = 0.3) -> None:
         for layer in layers_of(model):
             for parameter in layer.parameters():
                 parameter.add_(by * torch.randn_like(parameter))
-
-
-# Before 0.20, PEFT saved the weights of all adapters with each of them, for every method but LoRA.
-peft_separates_adapters = pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="PEFT before 0.20")
-# Before 5.2, Transformers recorded hidden states inside the blocks, before any hook on them.
-records_in_hooks = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.2"), reason="Transformers before 5.2"
-)
 
 
 def two_adapters(first: dict | None = None, second: dict | None = None) -> PeftModel:
@@ -251,7 +241,6 @@ def test_a_config_that_fits_no_layer_leaves_the_model_untouched():
 # Saving and loading
 
 
-@peft_separates_adapters
 def test_the_files_of_several_adapters_hold_the_parameters_of_one_each(tmp_path):
     check_files(tmp_path, ("default", "other"))
 
@@ -855,7 +844,6 @@ def edited_tokens_in_generate(model) -> list[list[tuple[int, int]]]:
     return passes
 
 
-@records_in_hooks
 def test_hidden_states_show_the_edits():
     model = get_peft_model(tiny.llama(), reft(layers_to_transform=[0, 1])).eval()
     base = tiny.llama()

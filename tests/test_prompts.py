@@ -238,3 +238,44 @@ def test_several_adapters_are_shown_one_after_the_other(tokenizer):
     text = shown(model, tokenizer, "hello world").replace(" ", "")
     assert "hello[world]" in text
     assert "[hello]world" in text
+
+
+class Flattening(torch.nn.Module):
+    """Puts all tokens on one axis for its inner layer, as OPT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+
+    def forward(self, inputs_embeds, attention_mask=None):
+        return self.inner(inputs_embeds.flatten(0, 1)).view_as(inputs_embeds)
+
+
+def test_tokens_put_on_one_axis_are_still_told_apart():
+    config = ReftConfig(r=2, positions="f1", target_modules=["inner"], init_weights=False)
+    model = get_peft_model(Flattening(), config)
+    hidden = torch.randn(2, 5, 8)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    edited = model(inputs_embeds=hidden, attention_mask=mask)
+    with model.disable_adapter():
+        changed = (edited != model(inputs_embeds=hidden, attention_mask=mask)).any(-1)
+    assert changed.nonzero().tolist() == [[0, 2], [1, 0]]
+
+
+def test_a_pass_without_known_inputs_is_one_prompt():
+    class Pixels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 8)
+
+        def forward(self, pixel_values):
+            return self.inner(pixel_values)
+
+    config = ReftConfig(r=2, positions="f1+l2", share_weights=False, target_modules=["inner"], init_weights=False)
+    model = get_peft_model(Pixels(), config)
+    for tokens in (5, 3):
+        pixels = torch.randn(2, tokens, 8)
+        edited = model(pixels)
+        with model.disable_adapter():
+            changed = (edited != model(pixels)).any(-1)
+        assert changed[0].nonzero().flatten().tolist() == [0, tokens - 2, tokens - 1]

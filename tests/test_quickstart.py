@@ -4,11 +4,9 @@ import os
 import subprocess
 import sys
 import unicodedata
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
@@ -19,12 +17,7 @@ def _is_emoji(text):
     return "So" in kinds and kinds <= {"So", "Mn", "Cf", "Sk"}
 
 
-# TRL 1.15.0 computes the loss with a Triton kernel even on a CPU.
-_NEEDS_GPU = version("trl").startswith("1.15.") and not torch.cuda.is_available()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(_NEEDS_GPU, reason="SFTTrainer of TRL 1.15 needs a GPU")
 def test_quickstart_teaches_emojis(tmp_path):
     output = tmp_path / "adapter"
     run = subprocess.run(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import tiny
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -165,7 +162,6 @@ def test_an_adapter_is_loaded_from_tensors(config):
     assert torch.equal(logits(model.eval()), logits(wrapped))
 
 
-@pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="PEFT returned all adapters, but for LoRA")
 @BOTH
 def test_the_state_dict_of_an_adapter_has_its_weights_alone(config):
     model = adapted(config)
@@ -246,9 +242,6 @@ def test_reft_and_lora_live_on_one_model():
     torch.testing.assert_close(logits(other.eval()), both)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.2"), reason="Transformers recorded hidden states before any hook"
-)
 def test_hidden_states_show_the_edits():
     model = adapted(positions="all", layers_to_transform=[0])
     edited = model(input_ids=IDS, output_hidden_states=True)
