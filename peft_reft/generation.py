@@ -70,10 +70,8 @@ class Generation:
             # the device.
             if seen >= self.length and not positions.counted:
                 return positions.tail or None
-            if torch.compiler.is_compiling():
-                columns = (start + torch.arange(count, device=start.device)).clamp(max=known)
-                return self._table(positions).index_select(1, columns.to(self.real.device))
-            start = int(start)
+            columns = (start + torch.arange(count, device=start.device)).clamp(max=known)
+            return self._table(positions).index_select(1, columns.to(self.real.device))
         if start >= known:
             return positions.tail or None
         window = self._table(positions)[:, start : start + count]

@@ -198,7 +198,8 @@ def _apply(intervention: nn.Module, selection: Selection, hidden: torch.Tensor, 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
         if selection.rows is None:
-            gate = None if selection.codes is None else _one_hot(selection.codes - 1, units, dtype)
+            codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
+            gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
             return hidden + intervention(hidden.to(dtype), gate).to(hidden.dtype)
         flat = hidden.flatten(0, -2)
         gate = None if units == 1 else _one_hot(selection.units, units, dtype)

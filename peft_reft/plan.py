@@ -45,7 +45,9 @@ class Selection:
     units: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Selection:
-        moved = (None if t is None else t.to(device) for t in (self.codes, self.rows, self.units))
+        # CUDA copies from ordinary memory without a wait for the device when told so.
+        options = {"non_blocking": device.type == "cuda"}
+        moved = (None if t is None else t.to(device, **options) for t in (self.codes, self.rows, self.units))
         return Selection(*moved)
 
 

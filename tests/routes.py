@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import get_peft_model
 from reference import Reference, gradients
-from tiny import BOS, EOS, HIDDEN, LAYERS, PAD, VOCAB, build, llama
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    MambaConfig,
-    MambaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny import EOS, PAD, VOCAB, llama
 
 from peft_reft import ReftConfig
 
@@ -162,55 +154,3 @@ def assert_same_gradients(pair: Pair, expected, rtol: float = TOLERANCE) -> None
 
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
-
-
-def t5():
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=HIDDEN,
-        d_kv=8,
-        d_ff=2 * HIDDEN,
-        num_layers=LAYERS,
-        num_decoder_layers=2,
-        num_heads=4,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-        initializer_factor=3.0,
-    )
-    return build(T5ForConditionalGeneration, config)
-
-
-def bart():
-    config = BartConfig(
-        vocab_size=VOCAB,
-        d_model=HIDDEN,
-        encoder_layers=LAYERS,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=2 * HIDDEN,
-        decoder_ffn_dim=2 * HIDDEN,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=BOS,
-        decoder_start_token_id=EOS,
-        forced_eos_token_id=None,
-        init_std=0.3,
-    )
-    return build(BartForConditionalGeneration, config)
-
-
-def mamba():
-    config = MambaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        state_size=4,
-        num_hidden_layers=LAYERS,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=BOS,
-        initializer_range=0.3,
-    )
-    return build(MambaForCausalLM, config)

@@ -7,25 +7,9 @@ import torch
 from peft import get_peft_model
 from reference import edited_tokens, gradients
 from routes import ROLES, make_pair, pad, probe, sequences
-from tiny import BOS, EOS, HIDDEN, LAYERS, VOCAB, build, llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import LAYERS, ZOO, llama
 
 from peft_reft import ReftConfig
-
-
-def gpt2() -> GPT2LMHeadModel:
-    """A model that computes in its own dtype throughout; Llama normalizes in float32."""
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=HIDDEN,
-        n_layer=LAYERS,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        initializer_range=0.2,
-    )
-    return build(GPT2LMHeadModel, config)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -35,8 +19,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_logits_and_parameter_gradients_equal_equation_2(shared, dtype, tolerance):
+    # GPT-2 computes in its own dtype throughout; Llama normalizes in float32.
     sites = ("transformer.h.0", "transformer.h.2")
-    pair = make_pair("f2+l3", shared, base=gpt2(), sites=sites, dtype=dtype)
+    pair = make_pair("f2+l3", shared, base=ZOO["gpt2"].build(), sites=sites, dtype=dtype)
     ids = sequences()
     batch = pad(ROLES, ids)
     logits = pair.peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).logits

@@ -15,10 +15,10 @@ import peft
 import pytest
 import tiny
 import torch
+from adapters import BOTH, IDS, generated, layers_of, logits, lora, reft, trainable
 from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForCausalLM,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -39,40 +39,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_reft import ReftConfig, ReftLayer
-
-IDS = torch.arange(3, 19).reshape(2, 8)
-
-
-def reft(**settings) -> ReftConfig:
-    """A config whose adapter visibly changes the model."""
-    return ReftConfig(**{"r": 4, "positions": "f2+l2", "init_weights": False, "task_type": "CAUSAL_LM"} | settings)
-
-
-def lora(**settings) -> LoraConfig:
-    return LoraConfig(
-        **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
-    )
-
-
-BOTH = pytest.mark.parametrize("config", [reft, lora], ids=["reft", "lora"])
-
-
-@torch.no_grad()
-def logits(model, ids=IDS, **kwargs) -> torch.Tensor:
-    return model(input_ids=ids, **kwargs).logits
-
-
-def generated(model, ids=IDS, **kwargs) -> torch.Tensor:
-    return model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None, **kwargs)
-
-
-def layers_of(model) -> list[ReftLayer]:
-    return [module for module in model.modules() if isinstance(module, ReftLayer)]
-
-
-def trainable(model) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+from peft_reft import ReftConfig
 
 
 def shift(model, by: float = 0.3) -> None:

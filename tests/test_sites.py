@@ -400,6 +400,14 @@ def test_without_a_token_axis_every_row_is_edited(target, expected):
         assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
+def test_without_a_token_axis_the_first_of_several_units_edits():
+    model = adapted(Perceptron().eval(), target_modules=["lift"], positions="f1+l1", share_weights=False)
+    before, after = watch(model.get_base_model(), ["lift"])
+    model(torch.randn(3, 6))
+    layer = model.get_base_model().lift.reft
+    assert_edited(before["lift"], after["lift"], layer, torch.zeros(3, dtype=torch.long))
+
+
 def test_blocks_of_a_plain_module_are_asked_for_by_name():
     with pytest.raises(ValueError, match=r"'block_output' needs the blocks of a Transformers model.* target_modules"):
         adapted(Mixer())

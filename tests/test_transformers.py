@@ -7,42 +7,9 @@ import copy
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from adapters import BOTH, IDS, generated, layers_of, logits, lora, reft, trainable
+from peft import get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
-from peft_reft import ReftConfig, ReftLayer
-
-IDS = torch.arange(3, 19).reshape(2, 8)
-
-
-def reft(**settings) -> ReftConfig:
-    return ReftConfig(**{"r": 4, "positions": "f2+l2", "init_weights": False, "task_type": "CAUSAL_LM"} | settings)
-
-
-def lora(**settings) -> LoraConfig:
-    return LoraConfig(
-        **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
-    )
-
-
-BOTH = pytest.mark.parametrize("config", [reft, lora], ids=["reft", "lora"])
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=IDS).logits
-
-
-def generated(model) -> torch.Tensor:
-    return model.generate(input_ids=IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
-
-
-def trainable(model) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def layers_of(model) -> list[ReftLayer]:
-    return [module for module in model.modules() if isinstance(module, ReftLayer)]
 
 
 def adapted(config=reft, **settings) -> LlamaForCausalLM:

@@ -94,6 +94,7 @@ _T5 = _TOKENS | {
     "num_layers": LAYERS,
     "num_heads": 4,
     "decoder_start_token_id": PAD,
+    "initializer_factor": 3.0,
 }
 _BART = _TOKENS | {
     "d_model": HIDDEN,
