@@ -81,11 +81,11 @@ class Generation:
     def _table(self, positions: Positions) -> torch.Tensor:
         """Codes of the handed tokens, of those that `c<n>` selects, and of one token behind: `[batch, known + 1]`."""
         if positions not in self._tables:
-            handed = assign(positions, self.prompt, self.real, turn=self.past)
-            counted = positions.kinds.get("count", (0, 0))[1]
-            behind = [counted] * positions.counted + [positions.tail]
-            behind = torch.tensor(behind, dtype=torch.int8, device=handed.device)
-            self._tables[positions] = torch.cat([handed, behind.expand(handed.shape[0], -1)], dim=1)
+            # Generated tokens follow; how many of them `c<n>` selects depends on answer tokens already handed over.
+            behind = positions.counted + 1
+            prompt = torch.nn.functional.pad(self.prompt, (0, behind), value=False)
+            real = torch.nn.functional.pad(self.real, (0, behind), value=True)
+            self._tables[positions] = assign(positions, prompt, real, turn=self.past)
         return self._tables[positions]
 
     def remember(self, cache: Any, sequences: torch.Tensor, generated: int) -> None:
@@ -122,7 +122,7 @@ class TrackedGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.tracker.turn:
             generate = self.replaced or partial(type(self.model).generate, self.model)
-            if self.tracker.generation is not None:
+            if getattr(kwargs.get("generation_config"), "is_assistant", False) and self.tracker.generation is not None:
                 # The model drafts for itself (early exit): the prompt is that of the outer call.
                 return generate(*args, **kwargs)
             return self._generate(generate, args, kwargs)
@@ -130,6 +130,7 @@ class TrackedGenerate:
     def _generate(self, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
         generation = self._open(ids, kwargs)
+        _refuse_guidance(kwargs)
         kwargs.pop("prompt_mask", None)
         with self.tracker.generating(generation):
             result = generate(*args, **kwargs)
@@ -169,6 +170,15 @@ class TrackedGenerate:
         if not pad or pad[0] in eos:
             return torch.ones_like(ids, dtype=torch.bool)
         return ids != pad[0]
+
+
+def _refuse_guidance(kwargs: Mapping[str, Any]) -> None:
+    scale = kwargs.get("guidance_scale") or getattr(kwargs.get("generation_config"), "guidance_scale", None)
+    if scale not in (None, 1, 1.0):
+        raise NotImplementedError(
+            f"guidance_scale={scale}: classifier-free guidance runs a second prompt through the model in the same "
+            "generate call, whose tokens ReFT's positions cannot tell from the first. Leave guidance_scale out."
+        )
 
 
 def _recall(kwargs: Mapping[str, Any], prompt: torch.Tensor, past: int, ids: torch.Tensor | None) -> torch.Tensor:

@@ -98,35 +98,31 @@ class LoreftIntervention(nn.Module):
             nn.init.normal_(self.weight, std=features**-0.5)
             nn.init.normal_(self.bias)
 
-    def orthonormal_projection(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`R`, `[u, r, d]` in `dtype`; rows orthonormal. Kept between calls in evaluation."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.projection.is_inference():
+    def orthonormal_projection(self, dtype: torch.dtype = torch.float32, session: object = None) -> torch.Tensor:
+        """`R`, `[u, r, d]` in `dtype`; rows orthonormal. Computed once for each `session`, every time without one."""
+        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return orthonormal_rows(self.projection.to(dtype))
-        parameter = self.projection
-        key = (parameter.data_ptr(), parameter._version, parameter.device, parameter.dtype, dtype)
+        key = (session, dtype, self.projection.device)
         if self._rows_cache is None or self._rows_cache[0] != key:
-            self._rows_cache = (key, orthonormal_rows(parameter.to(dtype)))
+            self._rows_cache = (key, orthonormal_rows(self.projection.to(dtype)))
         return self._rows_cache[1]
-
-    def train(self, mode: bool = True) -> LoreftIntervention:
-        self._rows_cache = None
-        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows_cache": None}
 
-    def forward(self, hidden: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, gate: torch.Tensor | None = None, session: object = None) -> torch.Tensor:
         """The edit to add to `hidden`.
 
         Args:
             hidden: `[..., d]`, float32 or float64; the edit is computed in this dtype.
             gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit
                 edits all.
+            session: something that lasts while the parameters do not change, such as one `generate` call.
 
         Returns:
             `[..., d]`, same dtype as `hidden`.
         """
-        rows = self.orthonormal_projection(hidden.dtype)
+        rows = self.orthonormal_projection(hidden.dtype, session)
         weight, bias = self.weight.to(hidden.dtype), self.bias.to(hidden.dtype).flatten()
         if self.act_fn is None:
             # W - R first: exactly zero for a fresh adapter, and one product instead of two.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,7 +151,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             rows = edited.dim() == 2
             selection = EVERYTHING if rows else plan.selection(positions, edited, self.site_name)
             if selection is not None:
-                edited = _apply(self.reft_intervention[name], selection, edited, positions.units)
+                edit = partial(self.reft_intervention[name], session=self.tracker.generation)
+                edited = _apply(edit, selection, edited, positions.units)
         return None if edited is untouched else _with_hidden(output, edited.view_as(hidden))
 
     def __repr__(self) -> str:
@@ -193,7 +195,9 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return type(output)((hidden, *output[1:]))
 
 
-def _apply(intervention: nn.Module, selection: Selection, hidden: torch.Tensor, units: int) -> torch.Tensor:
+def _apply(
+    intervention: Callable[..., torch.Tensor], selection: Selection, hidden: torch.Tensor, units: int
+) -> torch.Tensor:
     """`hidden` with the selected tokens edited: computed in float32 at least, added in the dtype of `hidden`."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):

@@ -181,11 +181,11 @@ def _track(model: nn.Module) -> PromptTracker:
     tracker = PromptTracker()
     generates = bool(getattr(model, "can_generate", bool)())
     both = is_encoder_decoder(model)
-    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), both, generates))
+    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), both, generates, True))
     for block_list in block_lists(model):
         owner = block_list.owner[1]
         if owner is not model:
-            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), both, generates))
+            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), both, generates, False))
     if generates and not both:
         TrackedGenerate.attach(model, tracker)
     return tracker

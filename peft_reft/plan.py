@@ -25,9 +25,9 @@ _REMEDIES = (
     "(-100); or edit every token with positions='all'; or pass prompt_mask to forward."
 )
 _NOTHING_EDITED = (
-    "positions='{}' edits no token of this training batch: its prompts are too short. Plain language modeling data "
-    "looks so when a padding-free collator takes the label off each first token, which leaves prompts of one "
-    "token. Use prompt/completion data, or positions='all'."
+    "positions='{}' edits no token of this training batch: its prompts (or answers) are too short. Plain language "
+    "modeling data looks so when a padding-free collator takes the label off each first token, which leaves prompts of "
+    "one token. Use prompt/completion data, or positions='all'."
 )
 
 
@@ -106,6 +106,11 @@ class Plan:
             if positions.units == 1:
                 return EVERYTHING
             codes = torch.full(hidden.shape[:2], codes, dtype=torch.int8, device=hidden.device)
+        if hidden.shape[0] % codes.shape[0]:
+            raise ValueError(
+                f"generate was called with {codes.shape[0]} sequences, but a pass of it has {hidden.shape[0]}, so they "
+                "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
+            )
         if codes.shape[0] != hidden.shape[0]:
             codes = codes.repeat_interleave(hidden.shape[0] // codes.shape[0], dim=0)
         if torch.compiler.is_compiling():
@@ -115,9 +120,10 @@ class Plan:
         _check_prompts(on_host, positions)
         rows = on_host.flatten().nonzero().squeeze(1)
         if rows.numel() == 0:
-            if self.training:
-                warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
-            return None
+            if not self.training:
+                return None
+            # Goes on with no rows: the parameters get their gradients, which are zero, and DDP does not wait for them.
+            warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
         if positions.units == 1 and rows.numel() == on_host.numel():
             return EVERYTHING
         if 2 * rows.numel() > on_host.numel():

@@ -13,12 +13,17 @@ from peft_reft import positions as pos
 from peft_reft.plan import NO_PROMPT, PROMPT_IS_PADDING, Plan, WholeSequence
 from peft_reft.positions import Positions
 
-CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params", "state")
 
 _PROMPT_UNKNOWN = (
     "positions='{}' needs to know where the prompt ends, but this language model is trained without labels or "
     "prompt_mask in its forward pass, so the whole sequence counts as prompt. Generation would edit other tokens. Pass "
     "labels (-100 on the prompt) or prompt_mask to forward."
+)
+_TURN_UNKNOWN = (
+    "positions='{}' needs to know whether the tokens that go on from this cache are prompt. Outside generate they "
+    "count as the prompt of a new turn. In a decoding loop of your own pass prompt_mask (zeros for generated tokens), "
+    "or hand the loop to generate as custom_generate."
 )
 
 
@@ -92,13 +97,14 @@ def cache_length(call: Mapping[str, Any]) -> int | torch.Tensor | None:
     """See `Tokens.past`."""
     for name in CACHES:
         cache = call.get(name)
-        if hasattr(cache, "get_seq_length"):
-            try:
-                length = cache.get_seq_length()
-            except ValueError:  # only recurrent states
-                return None
-            # The cache counts on in place during the pass.
-            return length.clone() if isinstance(length, torch.Tensor) else length
+        if cache is None:
+            continue
+        try:
+            length = cache.get_seq_length()
+        except (AttributeError, ValueError):  # recurrent states
+            return None
+        # The cache counts on in place during the pass.
+        return length.clone() if isinstance(length, torch.Tensor) else length
     return 0
 
 
@@ -113,9 +119,10 @@ def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Ten
         return pos.sequence_starts(position_ids.expand(shape))
     ends = call.get("cu_seq_lens_q")
     if isinstance(ends, torch.Tensor):
-        starts = torch.zeros(shape, dtype=torch.bool, device=ends.device)
-        starts[:, ends[:-1].long()] = True
-        return starts
+        # The end of the last sequence, which some collators repeat, falls behind the row.
+        starts = torch.zeros((shape[0], shape[1] + 1), dtype=torch.bool, device=ends.device)
+        starts[:, ends.long()] = True
+        return starts[:, :-1]
     return None
 
 
@@ -142,7 +149,8 @@ def _real_from_attention(mask: torch.Tensor, tokens: int, past: int) -> torch.Te
     would be masked completely. The last row of a causal mask allows everything by right, and so do all rows of an
     unpadded bidirectional one.
     """
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    # Callers fill with the lowest number of some dtype, minus infinity, or a round number such as -1e4.
+    allowed = mask if mask.dtype == torch.bool else mask > -1e3
     new = allowed[:, -tokens:, past : past + tokens]
     everything = new.all(-1)
     rightful = everything.all(-1, keepdim=True) | (torch.arange(tokens, device=mask.device) == tokens - 1)
@@ -207,18 +215,26 @@ def prompt_plan(tokens: Tokens, language_model: bool, training: bool = False) ->
         if tokens.prompt_mask is not None:
             prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
             fault, where = PROMPT_IS_PADDING, prompt & ~real
-        elif language_model and tokens.labels is not None and not past:
-            prompt, where = pos.prompt_from_labels(tokens.labels.to(real.device), real, starts)
+        elif language_model and tokens.labels is not None:
+            labels = torch.nn.functional.pad(tokens.labels.to(real.device), (past, 0), value=pos.IGNORE_INDEX)
+            prompt, where = pos.prompt_from_labels(labels, real, starts)
         else:
             prompt = real
-            if training and language_model and positions.needs_prompt and not torch.compiler.is_compiling():
-                warnings.warn(_PROMPT_UNKNOWN.format(positions), stacklevel=2)
+            if language_model and positions.needs_prompt and not torch.compiler.is_compiling():
+                _warn_of_guess(positions, training, past)
         result = assign(positions, prompt, real, starts, turn=past)
         if where is not None and (fault == PROMPT_IS_PADDING or positions.needs_prompt):
             result = torch.where(where, fault, result).to(torch.int8)
         return result[:, past:]
 
     return Plan(tokens.shape, codes, training)
+
+
+def _warn_of_guess(positions: Positions, training: bool, past: int) -> None:
+    if training:
+        warnings.warn(_PROMPT_UNKNOWN.format(positions), stacklevel=2)
+    elif past:
+        warnings.warn(_TURN_UNKNOWN.format(positions), stacklevel=2)
 
 
 def encoder_plan(tokens: Tokens) -> Plan:

@@ -50,11 +50,11 @@ class PromptTracker:
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
         """While the model generates, every pass belongs to `generation`."""
-        self.generation = generation
+        outer, self.generation = self.generation, generation
         try:
             yield
         finally:
-            self.generation = None
+            self.generation = outer
 
 
 class Entry:
@@ -66,6 +66,7 @@ class Entry:
         streams: the streams of tokens that pass through the module.
         encoder_decoder: whether the module is an encoder-decoder model or a part of one.
         language_model: whether `labels` `[batch, tokens]` are next-token labels.
+        root: whether the module is the adapted model itself, rather than a part that callers may go round it to.
     """
 
     def __init__(
@@ -75,17 +76,24 @@ class Entry:
         streams: tuple[str, ...],
         encoder_decoder: bool,
         language_model: bool,
+        root: bool,
     ) -> None:
         self.tracker = tracker
         self.names = names
         self.streams = streams
         self.encoder_decoder = encoder_decoder
         self.language_model = language_model
+        self.root = root
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook: plan the pass; takes `prompt_mask` out of the arguments."""
-        if self.tracker.entered not in (None, self):
+        if not self.root and self.tracker.entered is not None and self.tracker.entered.root:
             return None
+        if getattr(module, "_is_replica", False):
+            raise NotImplementedError(
+                "nn.DataParallel runs copies of the model in threads, which ReFT does not support. Start one process a "
+                "GPU (accelerate launch, torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+            )
         self.tracker.entered = self
         call = dict(zip(self.names, args, strict=False)) | kwargs
         _refuse(call)
@@ -100,7 +108,11 @@ class Entry:
         if self.tracker.entered is not self:
             return
         self.tracker.entered = None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled():
+            self.tracker.plans = {}
+        else:
             # Checkpointed modules run their hooks again in the backward pass, perhaps after other forward passes. The
             # engine enters this pass's graph through its outputs, which is the moment to bring its plans back.
             for tensor in _tensors(output):

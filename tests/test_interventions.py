@@ -171,7 +171,7 @@ def test_low_precision_parameters_still_give_orthonormal_rows():
     assert orthonormality(intervention.orthonormal_projection()) < 1e-6
 
 
-# The rows are computed once in evaluation
+# The rows are computed once a session
 
 
 def counted(monkeypatch) -> list[int]:
@@ -181,44 +181,38 @@ def counted(monkeypatch) -> list[int]:
     return calls
 
 
-def test_evaluation_computes_the_rows_once(monkeypatch):
+@torch.no_grad()
+def test_the_rows_are_computed_once_a_session(monkeypatch):
     intervention = make().eval()
     calls = counted(monkeypatch)
+    for expected, session in ((1, "first"), (1, "first"), (2, "second"), (3, None), (4, None)):
+        intervention(torch.randn(2, FEATURES, dtype=torch.float64), session=session)
+        assert len(calls) == expected
+
+
+@torch.no_grad()
+def test_a_changed_parameter_is_noticed_outside_a_session():
+    intervention = make().eval()
+    intervention.orthonormal_projection(torch.float64)
+    intervention.projection.data.copy_(torch.randn_like(intervention.projection))
+    expected = gram_schmidt(intervention.projection[0])
+    torch.testing.assert_close(intervention.orthonormal_projection(torch.float64)[0], expected)
+
+
+def test_gradients_flow_in_a_session_too():
+    intervention = make()
     with torch.no_grad():
-        for _ in range(3):
-            intervention(torch.randn(2, FEATURES, dtype=torch.float64))
-    assert len(calls) == 1
+        intervention(torch.randn(2, FEATURES, dtype=torch.float64), session="session")
+    intervention(torch.randn(2, FEATURES, dtype=torch.float64), session="session").sum().backward()
+    assert intervention.projection.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda i: i.projection.mul_(torch.rand_like(i.projection)),
-        lambda i: i.load_state_dict(make().state_dict()),
-        lambda i: setattr(i, "projection", torch.nn.Parameter(torch.randn_like(i.projection))),
-        lambda i: i.train().eval(),
-    ],
-    ids=["in place", "load_state_dict", "another parameter", "train and back"],
-)
-def test_a_changed_parameter_is_noticed_in_evaluation(change):
+def test_pickles_leave_the_computed_rows_out():
     intervention = make().eval()
     with torch.no_grad():
-        intervention.orthonormal_projection(torch.float64)
-        torch.manual_seed(5)
-        change(intervention)
-        expected = gram_schmidt(intervention.projection[0])
-        torch.testing.assert_close(intervention.orthonormal_projection(torch.float64)[0], expected)
-
-
-def test_copies_do_not_share_the_computed_rows():
-    intervention = make().eval()
-    with torch.no_grad():
-        intervention.orthonormal_projection(torch.float64)
-        for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
-            assert twin._rows_cache is None
-            twin.projection.copy_(torch.randn_like(twin.projection))
-            expected = gram_schmidt(twin.projection[0])
-            torch.testing.assert_close(twin.orthonormal_projection(torch.float64)[0], expected)
+        intervention.orthonormal_projection(torch.float64, session="session")
+    for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
+        assert twin._rows_cache is None
 
 
 def test_inference_mode_parameters_work():

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from routes import ROLES, make_pair, pad, sequences
 from tiny import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from peft_reft import ReftConfig, show_positions
 
@@ -145,6 +145,71 @@ def test_the_part_of_the_model_that_owns_the_blocks_can_be_called_alone():
         hidden = inner(input_ids=torch.tensor(ids)).last_hidden_state
         logits = pair.peft.base_model.model.lm_head(hidden)[0]
     torch.testing.assert_close(logits, pair.reference.logits(ids[0], "ppppp"), rtol=1e-5, atol=1e-5)
+
+
+def test_an_interrupted_pass_through_a_part_leaves_nothing_behind(batch):
+    model = make_pair("l1").peft
+    call = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels}
+    expected = model(**call).logits
+    block = model.base_model.model.model.layers[1]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.base_model.model.model(input_ids=batch.ids)
+    hook.remove()
+    assert torch.equal(model(**call).logits, expected)
+
+
+def test_a_decoding_loop_that_does_not_tell_the_prompt_is_warned():
+    model = make_pair("l1").peft
+    cache = DynamicCache(config=model.base_model.model.config)
+    model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    with pytest.warns(UserWarning, match="needs to know whether the tokens that go on from this cache are prompt"):
+        model(input_ids=torch.tensor([[6]]), past_key_values=cache)
+
+
+def test_parameters_get_zero_gradients_where_nothing_is_edited():
+    model = make_pair("c2").peft.train()
+    ids = torch.arange(3, 11)[None]
+    with pytest.warns(UserWarning, match="edits no token"):
+        logits = model(input_ids=ids, labels=torch.full_like(ids, -100)).logits
+    logits.sum().backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert grads
+    assert not any(grad.any() for grad in grads)
+
+
+def test_a_generate_call_that_loses_rows_is_refused():
+    model = make_pair("l1").peft
+
+    def drop_a_row(model, input_ids, **kwargs):
+        return model(input_ids=input_ids[:1], use_cache=False).logits.argmax(-1)
+
+    with pytest.raises(ValueError, match="generate was called with 2 sequences, but a pass of it has 1"):
+        model.generate(input_ids=torch.tensor([[3, 4], [5, 6]]), custom_generate=drop_a_row)
+
+
+def test_classifier_free_guidance_is_refused():
+    with pytest.raises(NotImplementedError, match=r"guidance_scale=1\.5"):
+        make_pair("l1").peft.generate(input_ids=torch.tensor([[3, 4]]), guidance_scale=1.5)
+
+
+def test_data_parallel_is_refused():
+    model = make_pair("l1").peft.base_model.model
+    model._is_replica = True  # as torch marks the copies
+    with pytest.raises(NotImplementedError, match=r"nn\.DataParallel"):
+        model(input_ids=torch.tensor([[3, 4]]))
+
+
+def test_a_pass_without_gradients_keeps_nothing_alive(batch):
+    model = make_pair("l1").peft
+    tracker = model.base_model.model.model.layers[0].reft.tracker
+    with torch.no_grad():
+        model(input_ids=batch.ids, attention_mask=batch.mask)
+    assert tracker.plans == {}
 
 
 def test_continuous_batching_is_refused():

@@ -40,16 +40,12 @@ def rows_of(logits: torch.Tensor, where: list[torch.Tensor]) -> list[torch.Tenso
     return [logits[row, tokens] for row, tokens in enumerate(where)]
 
 
-def causal_4d(mask: torch.Tensor, dtype: torch.dtype, opened: bool) -> torch.Tensor:
-    """Additive mask [batch, 1, tokens, tokens], as a caller prepares it; fully masked rows opened or not."""
+def causal_4d(mask: torch.Tensor, fill: float) -> torch.Tensor:
+    """Additive mask [batch, 1, tokens, tokens], as a caller prepares it; rows without any key are opened."""
     tokens = mask.shape[1]
     allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
-    if opened:
-        allowed = allowed | ~allowed.any(-1, keepdim=True)
-    else:
-        # A row without any key would be NaN in attention: padding rows attend to key 0 only.
-        allowed[..., 0] |= ~allowed.any(-1)
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    allowed = allowed | ~allowed.any(-1, keepdim=True)
+    return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, fill)
 
 
 PADDING = {
@@ -83,12 +79,13 @@ def test_attention_mask_absent(spec, shared):
 
 
 @every_spec
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float64).min, -1e4, -65504.0], ids=["lowest", "-1e4", "fp16"])
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_4d_mask_prepared_by_the_caller(padding, spec, shared):
+def test_4d_mask_prepared_by_the_caller(padding, fill, spec, shared):
     pair = make_pair(spec, shared)
     ids = sequences()
     batch = pad(ROLES, ids, **PADDING[padding])
-    mask = causal_4d(batch.mask, torch.float64, opened=True)
+    mask = causal_4d(batch.mask, fill)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
     logits = pair.peft(input_ids=batch.ids, attention_mask=mask, position_ids=positions, labels=batch.labels).logits
     assert_same_pass(pair, rows_of(logits, batch.where), ROLES, ids)
@@ -152,7 +149,7 @@ def test_padding_free_with_cu_seq_lens(spec, shared):
         position_ids=positions,
         labels=labels,
         use_cache=False,
-        cu_seq_lens_q=ends,
+        cu_seq_lens_q=torch.cat([ends, ends[-1:]]),  # some collators repeat the end
         cu_seq_lens_k=ends,
         max_length_q=longest,
         max_length_k=longest,
@@ -486,6 +483,75 @@ def test_generate_continued_from_a_cache_equals_multi_turn_training(handed, kept
         labels=torch.tensor([[t if r == "c" else -100 for t, r in zip(tokens, roles + "ccc", strict=True)]]),
     ).logits
     torch.testing.assert_close(training[0], expected, rtol=1e-5, atol=1e-5)
+
+
+# An answer of which the first tokens are handed over: `c<n>` counts on from them.
+
+
+@every_spec
+@pytest.mark.parametrize("told_by", ["prompt_mask", "cache"])
+def test_generate_goes_on_with_an_answer(told_by, spec, shared):
+    pair = make_pair(spec, shared)
+    roles = "ppppc"
+    (tokens,) = sequences((roles,))
+    options = GENERATE | {"eos_token_id": None}
+    if told_by == "prompt_mask":
+        out = pair.peft.generate(
+            input_ids=torch.tensor([tokens]), prompt_mask=torch.tensor([[r == "p" for r in roles]]), **options
+        )
+    else:
+        cache = DynamicCache(config=pair.peft.base_model.model.config)
+        first = pair.peft.generate(
+            input_ids=torch.tensor([tokens[:4]]), past_key_values=cache, **options | {"max_new_tokens": 1}
+        )
+        tokens = first[0].tolist()
+        out = pair.peft.generate(input_ids=first, past_key_values=cache, **options)
+    expected = pair.reference.generate(tokens, roles, **options)
+    assert out.tolist() == expected.tolist()
+
+
+@every_spec
+def test_scoring_an_answer_on_a_cached_prompt(spec, shared):
+    pair = make_pair(spec, shared)
+    roles = "ppppccc"
+    (tokens,) = sequences((roles,))
+    cache = DynamicCache(config=pair.peft.base_model.model.config)
+    prompt, answer = torch.tensor([tokens[:4]]), torch.tensor([tokens[4:]])
+    pair.peft(input_ids=prompt, past_key_values=cache)
+    logits = pair.peft(input_ids=answer, past_key_values=cache, labels=answer).logits[0]
+    torch.testing.assert_close(logits, pair.reference.logits(tokens, roles)[4:], rtol=1e-5, atol=1e-5)
+
+
+@every_spec
+def test_a_decoding_loop_of_the_users_with_prompt_mask(spec, shared):
+    pair = make_pair(spec, shared)
+    roles = "ppppccc"
+    (tokens,) = sequences((roles,))
+    cache = DynamicCache(config=pair.peft.base_model.model.config)
+    rows = [pair.peft(input_ids=torch.tensor([tokens[:4]]), past_key_values=cache).logits[0]]
+    for i in range(4, 7):
+        rows.append(
+            pair.peft(
+                input_ids=torch.tensor([[tokens[i]]]),
+                past_key_values=cache,
+                prompt_mask=torch.tensor([[role == "p" for role in roles[: i + 1]]]),
+            ).logits[0]
+        )
+    torch.testing.assert_close(torch.cat(rows), pair.reference.logits(tokens, roles), rtol=1e-5, atol=1e-5)
+
+
+def test_a_generate_inside_generate_has_a_prompt_of_its_own():
+    pair = make_pair("l1")
+    outer, inner = sequences(("pppppp", "ppp"))
+    seen = []
+
+    def judge(input_ids, scores, **kwargs):
+        seen.append(pair.peft.generate(input_ids=torch.tensor([inner]), **GENERATE))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    out = pair.peft.generate(input_ids=torch.tensor([outer]), stopping_criteria=[judge], **GENERATE)
+    assert out.tolist() == pair.reference.generate(outer, **GENERATE).tolist()
+    assert seen[-1].tolist() == pair.reference.generate(inner, **GENERATE).tolist()
 
 
 def test_a_cache_cropped_to_the_prompt_starts_a_new_turn_there():
