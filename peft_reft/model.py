@@ -54,7 +54,7 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Older PEFT calls the model's `forward`, past its hooks.
+        # PEFT 0.20 calls the model's `forward`, past its hooks.
         return self.model(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
@@ -146,10 +146,7 @@ class ReftModel(BaseTuner):
         for module, _ in list(_layers(self.model)):
             ReftLayer.detach(module)
         _untrack(self.model)
-        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
-        # Older PEFT leaves it, and then warns of a model that has been adapted before.
-        model.__dict__.pop("peft_config", None)
-        return model
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.

@@ -80,13 +80,13 @@ class Tokens:
     def past_on_host(self) -> int:
         return int(self.past or 0)
 
-    def real(self) -> torch.Tensor | None:
-        """Bool `[batch, past + tokens]`, False on padding; None when the mask says nothing about padding."""
-        real = _real_tokens(self.mask, self.shape[1], self.past_on_host)
-        return None if real is None else real.to(self.device)
-
-    def all_real(self) -> torch.Tensor:
-        return torch.ones((self.shape[0], self.past_on_host + self.shape[1]), dtype=torch.bool, device=self.device)
+    def real(self) -> torch.Tensor:
+        """Bool `[batch, past + tokens]`, False on padding."""
+        batch, tokens = self.shape
+        real = _real_tokens(self.mask, tokens, self.past_on_host)
+        if real is None:
+            return torch.ones((batch, self.past_on_host + tokens), dtype=torch.bool, device=self.device)
+        return real.to(self.device)
 
 
 def _has_axes(value: Any, axes: int) -> bool:
@@ -127,6 +127,7 @@ def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Ten
 
 
 def _real_tokens(mask: Any, tokens: int, past: int) -> torch.Tensor | None:
+    """See `Tokens.real`; None where the mask says nothing about padding."""
     if isinstance(mask, Mapping):  # one for each kind of attention
         mask = next((value for value in mask.values() if isinstance(value, torch.Tensor)), None)
     if _has_axes(mask, 2):
@@ -209,7 +210,6 @@ def prompt_plan(tokens: Tokens, language_model: bool, training: bool = False) ->
             return positions.tail
         past = tokens.past_on_host
         real = tokens.real()
-        real = tokens.all_real() if real is None else real
         starts = None if tokens.starts is None else tokens.starts.to(real.device)
         fault, where = NO_PROMPT, None
         if tokens.prompt_mask is not None:
@@ -254,7 +254,6 @@ def decoder_plan(tokens: Tokens) -> Plan:
         if tokens.shape is None or (tokens.mask is None and not positions.counted):
             return positions.tail or None
         real = tokens.real()
-        real = tokens.all_real() if real is None else real
         return pos.assign(positions, torch.zeros_like(real), real)[:, tokens.past_on_host :]
 
     return Plan(tokens.shape, codes)
