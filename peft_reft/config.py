@@ -50,7 +50,8 @@ class ReftConfig(PeftConfig):
         share_weights (`bool`):
             Whether one intervention serves all words of `positions` (the paper's "tied") or each has its own.
         intervention (`str`):
-            The method; `"loreft"`.
+            The method: `"loreft"`, `"noreft"`, `"direft"`, `"nodireft"`, `"consreft"`, `"lobireft"` or `"red"` (see the
+            classes in `peft_reft.interventions` for their equations). `"red"` has no rank.
         layers_to_transform (`Union[List[int], int]`):
             The layers to edit, all by default; negative numbers count from the end. In an encoder-decoder model they
             apply to both stacks.
@@ -175,12 +176,24 @@ class ReftConfig(PeftConfig):
         for name, allowed in (("intervention", sorted(INTERVENTIONS)), ("component", list(COMPONENTS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed are {allowed}.")
-        if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
-            raise ValueError(f"Unknown act_fn {self.act_fn!r}; allowed are {sorted(ACT2FN)}, or None.")
+        self._check_act_fn()
         if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
         if not isinstance(self.share_weights, bool):
             raise ValueError(f"share_weights must be True or False, got {self.share_weights!r}.")
+
+    def _check_act_fn(self) -> None:
+        if self.act_fn is None:
+            return
+        if not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
+            raise ValueError(f"Unknown act_fn {self.act_fn!r}; allowed are {sorted(ACT2FN)}, or None.")
+        if not INTERVENTIONS[self.intervention].takes_act_fn:
+            raise ValueError(
+                f"act_fn={self.act_fn!r}: {self.intervention!r} has no learned projection W h + b that an activation "
+                "could follow; leave it out, or choose another intervention."
+            )
+        if next(ACT2FN[self.act_fn].parameters(), None) is not None:
+            raise ValueError(f"act_fn={self.act_fn!r} has parameters of its own; choose an activation without any.")
 
     def _check_contradictions(self) -> None:
         if self.target_modules is not None and not self.target_modules:

@@ -6,7 +6,7 @@ Parameters carry the leading axis of units, so that one matrix product serves th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -43,14 +43,8 @@ def random_orthonormal_rows(units: int, rank: int, features: int) -> torch.Tenso
     return orthonormal_rows(torch.randn(units, rank, features, dtype=torch.float64)).float()
 
 
-class LoreftIntervention(nn.Module):
-    r"""LoReFT (Wu et al. 2024, arXiv 2404.03592, equation 2).
-
-    $$ \Phi(h) = h + R^\top (W h + b - R h) $$
-
-    with `R` `[r, d]` (orthonormal rows), `W` `[r, d]` and `b` `[r]`, and an optional activation on `W h + b`. `R` is
-    the row-orthonormalized `projection`, a plain parameter: weight decay and low precision storage cannot take the
-    orthonormality away.
+class Intervention(nn.Module):
+    """A learned edit of hidden representations. A method is a subclass with parameters, `reset_parameters` and `edit`.
 
     Args:
         features: `d`, the size of the hidden representation.
@@ -58,9 +52,16 @@ class LoreftIntervention(nn.Module):
         units: number of independent interventions held in one module.
         act_fn: name of an activation in `transformers.activations.ACT2FN`, or None.
         dropout: probability of zeroing an entry of the edited representation in training (not of the edit alone).
-        init_weights: True starts as the identity (`W = R`, `b = 0`); `"pyreft"` as pyreft does (`W` and `b` as
-            `nn.Linear` draws them); False random (for tests). With `act_fn`, `W = R` is not the identity.
+        init_weights: True starts as the identity where the method can; `"pyreft"` as pyreft does; False random (for
+            tests).
+
+    Attributes:
+        low_rank: whether the edit lies in a subspace of dimension `r`, rather than in all of the representation.
+        takes_act_fn: whether the method has a learned projection that an activation can follow.
     """
+
+    low_rank: ClassVar[bool]
+    takes_act_fn: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,66 +73,61 @@ class LoreftIntervention(nn.Module):
         init_weights: InitWeights = True,
     ) -> None:
         super().__init__()
-        self.projection = nn.Parameter(torch.empty(units, rank, features))
-        self.weight = nn.Parameter(torch.empty(units, rank, features))
-        self.bias = nn.Parameter(torch.empty(units, rank))
-        self.act_fn = None if act_fn is None else ACT2FN[act_fn]
+        self.act_name = None if act_fn == "linear" else act_fn
+        self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
         self.dropout = nn.Dropout(dropout)
-        self._rows_cache: tuple[Any, torch.Tensor] | None = None
-        self.reset_parameters(init_weights)
+        self._create_parameters(features, rank, units)
+        if not next(self.parameters()).is_meta:
+            with torch.no_grad():
+                self.reset_parameters(init_weights)
 
-    @torch.no_grad()
+    def _create_parameters(self, features: int, rank: int, units: int) -> None:
+        raise NotImplementedError
+
     def reset_parameters(self, init_weights: InitWeights) -> None:
-        """Draw new parameters; does nothing on the meta device."""
-        if self.projection.is_meta:
-            return
-        units, rank, features = self.projection.shape
-        self.projection.copy_(random_orthonormal_rows(units, rank, features))
-        if init_weights is True:
-            self.weight.copy_(orthonormal_rows(self.projection))
-            self.bias.zero_()
-        elif init_weights == "pyreft":
-            bound = features**-0.5
-            nn.init.uniform_(self.weight, -bound, bound)
-            nn.init.uniform_(self.bias, -bound, bound)
-        else:
-            nn.init.normal_(self.weight, std=features**-0.5)
-            nn.init.normal_(self.bias)
+        """Draw new parameters."""
+        raise NotImplementedError
 
-    def orthonormal_projection(self, dtype: torch.dtype = torch.float32, session: object = None) -> torch.Tensor:
-        """`R`, `[u, r, d]` in `dtype`; rows orthonormal. Computed once for each `session`, every time without one."""
-        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return orthonormal_rows(self.projection.to(dtype))
-        key = (session, dtype, self.projection.device)
-        if self._rows_cache is None or self._rows_cache[0] != key:
-            self._rows_cache = (key, orthonormal_rows(self.projection.to(dtype)))
-        return self._rows_cache[1]
+    def edit(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        session: object = None,
+    ) -> torch.Tensor:
+        """The edit before dropout and strength; for the arguments see `forward`."""
+        raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows_cache": None}
+    @property
+    def affine(self) -> bool:
+        """Whether the edit is an affine map of the hidden representation (outside of training)."""
+        return self.act_fn is None
 
-    def forward(self, hidden: torch.Tensor, gate: torch.Tensor | None = None, session: object = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        strength: float = 1.0,
+        session: object = None,
+    ) -> torch.Tensor:
         """The edit to add to `hidden`.
 
         Args:
             hidden: `[..., d]`, float32 or float64; the edit is computed in this dtype.
             gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit
                 edits all.
+            coordinates: broadcastable to `[..., r]`, 1 for the coordinates of the subspace that are edited and 0 for
+                the others. None: all.
+            strength: factor of the edit.
             session: something that lasts while the parameters do not change, such as one `generate` call.
 
         Returns:
             `[..., d]`, same dtype as `hidden`.
         """
-        rows = self.orthonormal_projection(hidden.dtype, session)
-        weight, bias = self.weight.to(hidden.dtype), self.bias.to(hidden.dtype).flatten()
-        if self.act_fn is None:
-            # W - R first: exactly zero for a fresh adapter, and one product instead of two.
-            target = hidden @ (weight - rows).flatten(0, 1).mT + bias
-        else:
-            target = self.act_fn(hidden @ weight.flatten(0, 1).mT + bias) - hidden @ rows.flatten(0, 1).mT
-        if gate is not None:
-            target = target * gate.repeat_interleave(rows.shape[1], dim=-1)
-        edit = target @ rows.flatten(0, 1)
+        edit = self.edit(hidden, gate, coordinates, session)
+        if strength != 1.0:
+            edit = strength * edit
         if self.training and self.dropout.p > 0:
             edit = self.dropout(hidden + edit) - hidden
             if gate is not None:
@@ -139,4 +135,224 @@ class LoreftIntervention(nn.Module):
         return edit
 
 
-INTERVENTIONS: dict[str, type[LoreftIntervention]] = {"loreft": LoreftIntervention}
+class Factors(NamedTuple):
+    """A low-rank edit in its normal form `left^T (act(right h + bias) - removed h)`.
+
+    `left`, `right` and `removed` are `[..., r, d]`, `bias` is `[..., r]`. `right` is None for zero, `removed` is None
+    for zero or where an affine edit has it in `right`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None
+    bias: torch.Tensor
+    removed: torch.Tensor | None
+
+
+class LowRankIntervention(Intervention):
+    r"""What all methods that edit a subspace share:
+
+    $$ \Phi(h) = h + L^\top (W h + b - L h) $$
+
+    with `L` `[r, d]`, `W` `[r, d]` and `b` `[r]`, of which a method has all or some. Where `L` has orthonormal rows it
+    is the row-orthonormalized `projection`, a plain parameter: weight decay and low precision storage cannot take the
+    orthonormality away. `act_fn` is applied to `W h + b`.
+
+    Attributes:
+        orthonormal: whether the rows of `L` are orthonormal (then the papers call it `R`, else `P`).
+        learned: whether there is a `W`.
+        replaces: whether the coordinates `L h` are taken out.
+    """
+
+    low_rank = True
+    orthonormal: ClassVar[bool]
+    learned: ClassVar[bool]
+    replaces: ClassVar[bool]
+
+    def _create_parameters(self, features: int, rank: int, units: int) -> None:
+        self.projection = nn.Parameter(torch.empty(units, rank, features))
+        if self.learned:
+            self.weight = nn.Parameter(torch.empty(units, rank, features))
+        self.bias = nn.Parameter(torch.empty(units, rank))
+        self._cache: tuple[Any, Factors] | None = None
+
+    def reset_parameters(self, init_weights: InitWeights) -> None:
+        units, rank, features = self.projection.shape
+        self.projection.copy_(random_orthonormal_rows(units, rank, features))
+        bound = features**-0.5
+        if init_weights == "pyreft" and not self.orthonormal:
+            nn.init.uniform_(self.projection, -bound, bound)
+        if init_weights is True:
+            self.reset_edit()
+        elif init_weights == "pyreft" and self.learned:
+            nn.init.uniform_(self.weight, -bound, bound)
+            nn.init.uniform_(self.bias, -bound, bound)
+        elif init_weights == "pyreft":
+            nn.init.uniform_(self.bias)
+        else:
+            nn.init.normal_(self.bias)
+            if self.learned:
+                nn.init.normal_(self.weight, std=bound)
+
+    @torch.no_grad()
+    def reset_edit(self) -> None:
+        """Set `W` and `b` so that nothing is added, where the method can do that; `L` stays."""
+        self.bias.zero_()
+        if self.learned:
+            self.weight.copy_(self.subspace(self.weight.dtype) if self.replaces else torch.zeros_like(self.weight))
+
+    def subspace(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`L`, `[u, r, d]` in `dtype`."""
+        return self.rows_of(self.projection.to(dtype))
+
+    @classmethod
+    def rows_of(cls, projection: torch.Tensor) -> torch.Tensor:
+        """`L` from the parameter that it is stored as, `[..., r, d]`."""
+        return orthonormal_rows(projection) if cls.orthonormal else projection
+
+    @classmethod
+    def factors_of(
+        cls, projection: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor, affine: bool
+    ) -> Factors:
+        """The normal form, from parameters with any number of leading axes; `weight` is None where there is no `W`."""
+        left = cls.rows_of(projection)
+        if not affine:
+            return Factors(left, weight, bias, left if cls.replaces else None)
+        if weight is None:
+            return Factors(left, -left if cls.replaces else None, bias, None)
+        # One difference instead of two products: exactly zero for a fresh adapter, and cheaper.
+        return Factors(left, weight - left if cls.replaces else weight, bias, None)
+
+    def factors(
+        self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
+    ) -> Factors:
+        """The normal form in `dtype`, `[u, r, d]`. Computed once for each `session`, every time without one."""
+        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._factors(dtype, coordinates)
+        key = (session, dtype, self.projection.device)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self._factors(dtype, None))
+        return self._cache[1]
+
+    def _factors(self, dtype: torch.dtype, coordinates: torch.Tensor | None) -> Factors:
+        projection = self.projection
+        if coordinates is not None and torch.is_grad_enabled():
+            # Rows that no representation uses stay as they are, although later rows are orthogonalized against them.
+            used = (coordinates != 0).reshape(-1, projection.shape[1]).any(0)[:, None]
+            projection = torch.where(used, projection, projection.detach())
+        weight = self.weight.to(dtype) if self.learned else None
+        return self.factors_of(projection.to(dtype), weight, self.bias.to(dtype), self.affine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}
+
+    def edit(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        session: object = None,
+    ) -> torch.Tensor:
+        left, right, bias, removed = self.factors(hidden.dtype, coordinates, session)
+        units, rank, _ = left.shape
+        target = bias.flatten()
+        if right is not None:
+            target = hidden @ right.flatten(0, 1).mT + target
+        if self.act_fn is not None:
+            target = self.act_fn(target)
+        if removed is not None:
+            target = target - hidden @ removed.flatten(0, 1).mT
+        if gate is not None:
+            target = target * gate.repeat_interleave(rank, dim=-1)
+        if coordinates is not None:
+            target = target * coordinates.repeat(*(1,) * (coordinates.dim() - 1), units)
+        # Without a product so far there is one row for all.
+        return target.expand(*hidden.shape[:-1], -1) @ left.flatten(0, 1)
+
+
+class LoreftIntervention(LowRankIntervention):
+    r"""LoReFT (Wu et al. 2024, arXiv 2404.03592, equation 2): $R^\top (W h + b - R h)$ is added to `h`.
+
+    A fresh one is the identity (`W = R`, `b = 0`; not with `act_fn`), in pyreft `W` and `b` are as `nn.Linear` draws
+    them.
+    """
+
+    orthonormal, learned, replaces, takes_act_fn = True, True, True, True
+
+
+class NoreftIntervention(LowRankIntervention):
+    r"""NoReFT (ibid., appendix): $P^\top (W h + b - P h)$ is added to `h`; `P` is LoReFT's `R` without the constraint."""
+
+    orthonormal, learned, replaces, takes_act_fn = False, True, True, True
+
+
+class DireftIntervention(LowRankIntervention):
+    r"""DiReFT as in pyreft: $R^\top (W h + b)$ is added to `h`, with `W = 0` and `b = 0` at first.
+
+    The paper's equation 3 does not ask for orthonormal rows: that is `nodireft`.
+    """
+
+    orthonormal, learned, replaces, takes_act_fn = True, True, False, True
+
+
+class NodireftIntervention(LowRankIntervention):
+    r"""DiReFT without the constraint (ibid., equation 3): $P^\top (W h + b)$ is added to `h`, a LoRA on `h` itself."""
+
+    orthonormal, learned, replaces, takes_act_fn = False, True, False, True
+
+
+class ConsreftIntervention(LowRankIntervention):
+    r"""ConsReFT, in pyreft: $R^\top (b - R h)$ is added to `h`, which sets its coordinates in the subspace to `b`.
+
+    It is never the identity: with `b = 0` it takes the subspace out of `h` (directional ablation).
+    """
+
+    orthonormal, learned, replaces = True, False, True
+
+
+class LobireftIntervention(LowRankIntervention):
+    r"""LobiReFT, in pyreft: $R^\top b$ is added to `h`, a constant: a steering vector."""
+
+    orthonormal, learned, replaces = True, False, False
+
+
+class RedIntervention(Intervention):
+    r"""RED (Wu et al. 2024, arXiv 2402.15179): $g \odot h + b$ in place of `h`, with `g = 1` and `b = 0` at first.
+
+    It edits every coordinate on its own and has no rank.
+    """
+
+    low_rank = False
+
+    def _create_parameters(self, features: int, rank: int, units: int) -> None:
+        self.scale = nn.Parameter(torch.empty(units, features))
+        self.bias = nn.Parameter(torch.empty(units, features))
+
+    def reset_parameters(self, init_weights: InitWeights) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
+        if init_weights is False:
+            self.scale.add_(torch.randn_like(self.scale))
+            nn.init.normal_(self.bias)
+
+    def edit(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        session: object = None,
+    ) -> torch.Tensor:
+        factor, shift = self.scale.to(hidden.dtype) - 1, self.bias.to(hidden.dtype)
+        if gate is None:
+            return factor[0] * hidden + shift[0]
+        return (gate @ factor) * hidden + gate @ shift
+
+
+INTERVENTIONS: dict[str, type[Intervention]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "direft": DireftIntervention,
+    "nodireft": NodireftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+    "red": RedIntervention,
+}

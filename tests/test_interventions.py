@@ -95,7 +95,7 @@ def test_pyreft_initialization_draws_w_and_b_as_nn_linear_does():
     for mine, theirs in ((intervention.weight, linear.weight), (intervention.bias, linear.bias)):
         assert mine.abs().max() <= theirs.abs().max() * 1.01
         assert mine.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
-    rows = intervention.orthonormal_projection()
+    rows = intervention.subspace()
     hidden = torch.randn(512, 400)
     jump = (intervention(hidden, torch.eye(5)[torch.arange(512) % 5]).norm(dim=-1) / hidden.norm(dim=-1)).mean()
     # Replacing r of d dimensions by something small moves h by about sqrt(r / d).
@@ -161,14 +161,14 @@ def test_rows_stay_orthonormal_in_training(weight_decay):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        assert orthonormality(intervention.orthonormal_projection()) < 1e-6
+        assert orthonormality(intervention.subspace()) < 1e-6
     # The subspace of the best constant edit explains part of the target, so there is something to learn.
     assert losses[-1] < 0.97 * losses[0]
 
 
 def test_low_precision_parameters_still_give_orthonormal_rows():
     intervention = make(dtype=torch.bfloat16)
-    assert orthonormality(intervention.orthonormal_projection()) < 1e-6
+    assert orthonormality(intervention.subspace()) < 1e-6
 
 
 # The rows are computed once a session
@@ -193,10 +193,10 @@ def test_the_rows_are_computed_once_a_session(monkeypatch):
 @torch.no_grad()
 def test_a_changed_parameter_is_noticed_outside_a_session():
     intervention = make().eval()
-    intervention.orthonormal_projection(torch.float64)
+    intervention.subspace(torch.float64)
     intervention.projection.data.copy_(torch.randn_like(intervention.projection))
     expected = gram_schmidt(intervention.projection[0])
-    torch.testing.assert_close(intervention.orthonormal_projection(torch.float64)[0], expected)
+    torch.testing.assert_close(intervention.subspace(torch.float64)[0], expected)
 
 
 def test_gradients_flow_in_a_session_too():
@@ -210,9 +210,9 @@ def test_gradients_flow_in_a_session_too():
 def test_pickles_leave_the_computed_rows_out():
     intervention = make().eval()
     with torch.no_grad():
-        intervention.orthonormal_projection(torch.float64, session="session")
+        intervention.factors(torch.float64, session="session")
     for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
-        assert twin._rows_cache is None
+        assert twin._cache is None
 
 
 def test_inference_mode_parameters_work():

@@ -857,7 +857,7 @@ def orthonormality_error(model) -> float:
     errors = []
     for layer in layers_of(model):
         for intervention in layer.reft_intervention.values():
-            rows = intervention.orthonormal_projection().double()
+            rows = intervention.subspace().double()
             errors.append((rows @ rows.mT - torch.eye(rows.shape[1])).abs().max().item())
     return max(errors)
 

@@ -182,7 +182,7 @@ def test_adapters_cast_to_bfloat16_as_trl_does_it_train_with_orthonormal_rows():
     model(input_ids=IDS, labels=LABELS).loss.backward()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.any() for p in model.parameters() if p.requires_grad)
     for layer in layers_of(model):
-        rows = layer.reft_intervention["default"].orthonormal_projection()
+        rows = layer.reft_intervention["default"].subspace()
         torch.testing.assert_close(rows @ rows.mT, torch.eye(4).expand(1, 4, 4), atol=1e-6, rtol=0)
 
 
