@@ -5,12 +5,22 @@ built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
 """
 
 from peft_reft.config import ReftConfig
+from peft_reft.directions import directions_from_pairs
 from peft_reft.layer import ReftLayer
 from peft_reft.model import ReftModel
+from peft_reft.norms import EditNorms, edit_norms
 from peft_reft.registration import register
 from peft_reft.show import show_positions
 
 register(ReftConfig, ReftModel)
 
 __version__ = "0.1.0"
-__all__ = ["ReftConfig", "ReftLayer", "ReftModel", "show_positions"]
+__all__ = [
+    "EditNorms",
+    "ReftConfig",
+    "ReftLayer",
+    "ReftModel",
+    "directions_from_pairs",
+    "edit_norms",
+    "show_positions",
+]

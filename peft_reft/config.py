@@ -13,10 +13,9 @@ from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
 from peft_reft import positions as pos
+from peft_reft.components import COMPONENTS
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.registration import ensure_peft_type
-
-COMPONENTS = ("block_output",)
 
 _CARD_HEADING = "## How to load this ReFT adapter"
 _CARD_TEXT = f"""{_CARD_HEADING}
@@ -57,8 +56,10 @@ class ReftConfig(PeftConfig):
             apply to both stacks.
         layers_pattern (`Union[List[str], str]`):
             Restricts the layers to the stacks of blocks whose name ends so, for instance `"encoder.layers"`.
-        component (`str`):
-            What is edited in a layer: `"block_output"`, the residual stream behind the block.
+        component (`Union[List[str], str]`):
+            What is edited in a layer: `"block_output"` and `"block_input"`, the residual stream behind and before the
+            block, `"attention_output"` and `"mlp_output"`, what the last projections of its self-attention and of its
+            MLP put out (the whole MLP, if it is a mixture of experts); or several of them.
         target_modules (`Union[List[str], str]`):
             Names the modules whose output is edited, in place of `component`. A list matches names and their endings, a
             string is a regular expression.
@@ -70,9 +71,14 @@ class ReftConfig(PeftConfig):
             Dropout on the edited representations, in training.
         act_fn (`str`):
             Activation on `W h + b`, a name that Transformers knows; none by default.
+        subspaces (`Dict[str, int]`):
+            Splits the `r` dimensions into named groups, for instance `{"style": 4, "task": 4}`, which can be edited
+            (and trained) separately: see `set_subspaces` of [`ReftModel`] and the argument `subspaces` of `forward`.
+        freeze_subspace (`bool`):
+            Whether the edited subspace stays as it is, so that only what is written into it is learned.
         init_weights (`Union[bool, Literal["pyreft"]]`):
-            True: a new adapter does not change the model. `"pyreft"`: random W and b, as pyreft has it. False: random,
-            for tests.
+            True: a new adapter does not change the model (but for `"consreft"`, which cannot but do so, and with an
+            `act_fn`). `"pyreft"`: random W and b, as pyreft has it. False: random, for tests.
 
     Raises:
         ValueError: an unknown or contradictory value; the message names it.
@@ -102,8 +108,8 @@ class ReftConfig(PeftConfig):
         default=None,
         metadata={"help": "Restricts the layers to the stacks of blocks whose name ends so, e.g. 'encoder.layers'."},
     )
-    component: str = field(
-        default="block_output", metadata={"help": f"What is edited in a layer, one of {list(COMPONENTS)}."}
+    component: list[str] | str = field(
+        default="block_output", metadata={"help": f"What is edited in a layer, one or several of {list(COMPONENTS)}."}
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -121,6 +127,10 @@ class ReftConfig(PeftConfig):
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation on W h + b, a name from Transformers' ACT2FN."}
     )
+    subspaces: dict[str, int] | None = field(
+        default=None, metadata={"help": "Splits the r dimensions into named groups, e.g. {'style': 4, 'task': 4}."}
+    )
+    freeze_subspace: bool = field(default=False, metadata={"help": "Whether the edited subspace stays as it is."})
     init_weights: bool | Literal["pyreft"] = field(
         default=True,
         metadata={
@@ -134,7 +144,14 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
-        for name in ("layers_to_transform", "layers_pattern", "target_modules", "exclude_modules", "modules_to_save"):
+        for name in (
+            "layers_to_transform",
+            "layers_pattern",
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+            "component",
+        ):
             setattr(self, name, _as_list(getattr(self, name)))
         self._check_names()
         self._check_numbers()
@@ -145,6 +162,20 @@ class ReftConfig(PeftConfig):
     def parsed_positions(self) -> pos.Positions:
         """`positions` and `share_weights`, parsed."""
         return pos.parse(self.positions, self.share_weights)
+
+    @property
+    def components(self) -> list[str]:
+        """`component` as a list."""
+        return [self.component] if isinstance(self.component, str) else self.component
+
+    @property
+    def coordinates(self) -> dict[str, range]:
+        """Name of each of `subspaces` -> its coordinates among the `r`."""
+        coordinates, begin = {}, 0
+        for name, size in (self.subspaces or {}).items():
+            coordinates[name] = range(begin, begin + size)
+            begin += size
+        return coordinates
 
     def _check_names(self) -> None:
         for name in ("layers_pattern", "target_modules", "exclude_modules"):
@@ -173,14 +204,20 @@ class ReftConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         self.parsed_positions  # noqa: B018  raises on an unknown word
-        for name, allowed in (("intervention", sorted(INTERVENTIONS)), ("component", list(COMPONENTS))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed are {allowed}.")
+        if self.intervention not in INTERVENTIONS:
+            raise ValueError(f"Unknown intervention {self.intervention!r}; allowed are {sorted(INTERVENTIONS)}.")
+        if not self.components or len(set(map(str, self.components))) < len(self.components):
+            raise ValueError(f"component={self.component!r} must name something, and nothing twice.")
+        for component in self.components:
+            if component not in COMPONENTS:
+                raise ValueError(f"Unknown component {component!r}; allowed are {list(COMPONENTS)}.")
         self._check_act_fn()
         if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
-        if not isinstance(self.share_weights, bool):
-            raise ValueError(f"share_weights must be True or False, got {self.share_weights!r}.")
+        for name in ("share_weights", "freeze_subspace"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_subspaces()
 
     def _check_act_fn(self) -> None:
         if self.act_fn is None:
@@ -195,10 +232,28 @@ class ReftConfig(PeftConfig):
         if next(ACT2FN[self.act_fn].parameters(), None) is not None:
             raise ValueError(f"act_fn={self.act_fn!r} has parameters of its own; choose an activation without any.")
 
+    def _check_subspaces(self) -> None:
+        if not INTERVENTIONS[self.intervention].low_rank:
+            for name in ("subspaces", "freeze_subspace"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r}: {self.intervention!r} edits every coordinate on its own, not "
+                        "a subspace; choose another intervention."
+                    )
+        if self.subspaces is None:
+            return
+        sizes = self.subspaces
+        if not isinstance(sizes, dict) or not all(
+            isinstance(n, str) and _is_integer(k) and k > 0 for n, k in sizes.items()
+        ):
+            raise ValueError(f"subspaces must map names to positive integers, got {sizes!r}.")
+        if sum(sizes.values()) != self.r:
+            raise ValueError(f"subspaces={sizes!r} have {sum(sizes.values())} dimensions in all, but r={self.r}.")
+
     def _check_contradictions(self) -> None:
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(f"target_modules={self.target_modules!r} selects nothing; None edits the blocks' output.")
-        if self.target_modules is not None and self.component != "block_output":
+        if self.target_modules is not None and self.components != ["block_output"]:
             raise ValueError(
                 f"target_modules={self.target_modules!r} and component={self.component!r} contradict each other: "
                 "target_modules replaces component."

@@ -13,7 +13,8 @@ from torch import nn
 from peft_reft.plan import Plan, WholeSequence
 from peft_reft.positions import Positions
 from peft_reft.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
-from peft_reft.tracker import PromptTracker
+from peft_reft.rows import Rows
+from peft_reft.tracker import ARGUMENTS, PromptTracker
 
 
 @dataclass
@@ -98,17 +99,24 @@ class Generation:
 
 
 class TrackedGenerate:
-    """Stands in for `model.generate`: the same call, with the prompt known to the model's `ReftLayer`s."""
+    """Stands in for `model.generate`: the same call, with the prompt known to the model's `ReftLayer`s.
 
-    def __init__(self, model: nn.Module, tracker: PromptTracker) -> None:
+    Args:
+        model: the model.
+        tracker: its state.
+        decoder_only: whether prompt and generated tokens are one sequence, so that they have to be told apart.
+    """
+
+    def __init__(self, model: nn.Module, tracker: PromptTracker, decoder_only: bool) -> None:
         self.model = model
         self.tracker = tracker
+        self.decoder_only = decoder_only
         # A `generate` that somebody has put on this very model.
         self.replaced: Callable[..., Any] | None = model.__dict__.get("generate")
 
     @classmethod
-    def attach(cls, model: nn.Module, tracker: PromptTracker) -> None:
-        model.generate = cls(model, tracker)
+    def attach(cls, model: nn.Module, tracker: PromptTracker, decoder_only: bool) -> None:
+        model.generate = cls(model, tracker, decoder_only)
 
     @classmethod
     def detach(cls, model: nn.Module) -> None:
@@ -125,13 +133,35 @@ class TrackedGenerate:
             if getattr(kwargs.get("generation_config"), "is_assistant", False) and self.tracker.generation is not None:
                 # The model drafts for itself (early exit): the prompt is that of the outer call.
                 return generate(*args, **kwargs)
-            return self._generate(generate, args, kwargs)
+            ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
+            own = {name: kwargs.pop(name) for name in self._arguments & kwargs.keys()}
+            with self.tracker.asking(self._rows(ids, kwargs, own)):
+                if not self.decoder_only:
+                    return generate(*args, **kwargs)
+                return self._generate(generate, args, kwargs, ids, own.get("prompt_mask"))
 
-    def _generate(self, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
-        generation = self._open(ids, kwargs)
+    @property
+    def _arguments(self) -> set[str]:
+        # An encoder-decoder model gets no `prompt_mask`, and says so itself.
+        return ARGUMENTS if self.decoder_only else ARGUMENTS - {"prompt_mask"}
+
+    def _rows(self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], own: Mapping[str, Any]) -> Rows | None:
+        rows = Rows.of(own, self.tracker.rows)
+        if rows is not None:
+            given = next((v for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
+            rows.check(self.tracker.adapters, self.model.training, None if given is None else given.shape[0])
+        return rows
+
+    def _generate(
+        self,
+        generate: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        ids: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
+    ) -> Any:
+        generation = self._open(ids, kwargs, prompt_mask)
         _refuse_guidance(kwargs)
-        kwargs.pop("prompt_mask", None)
         with self.tracker.generating(generation):
             result = generate(*args, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
@@ -140,7 +170,9 @@ class TrackedGenerate:
             generation.remember(cache, sequences, sequences.shape[1] - (0 if ids is None else ids.shape[1]))
         return result
 
-    def _open(self, ids: torch.Tensor | None, kwargs: Mapping[str, Any]) -> Generation:
+    def _open(
+        self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], prompt_mask: torch.Tensor | None
+    ) -> Generation:
         tokens = Tokens.of({"input_ids": ids, "inputs_embeds": kwargs.get("inputs_embeds")})
         mask = kwargs.get("attention_mask")
         if mask is not None:
@@ -150,8 +182,8 @@ class TrackedGenerate:
         else:  # embeddings, or nothing: then Transformers begins with one token
             real = torch.ones(tokens.shape or (1, 1), dtype=torch.bool, device=tokens.device)
         prompt = real
-        if kwargs.get("prompt_mask") is not None:
-            prompt = checked_prompt_mask(kwargs["prompt_mask"], real, past=0) & real
+        if prompt_mask is not None:
+            prompt = checked_prompt_mask(prompt_mask, real, past=0) & real
         past = int(cache_length(kwargs) or 0)
         if past:
             prompt = _recall(kwargs, prompt, past, ids)

@@ -280,7 +280,7 @@ class LoreftIntervention(LowRankIntervention):
 
 
 class NoreftIntervention(LowRankIntervention):
-    r"""NoReFT (ibid., appendix): $P^\top (W h + b - P h)$ is added to `h`; `P` is LoReFT's `R` without the constraint."""
+    r"""NoReFT (ibid., appendix): LoReFT without the constraint, $P^\top (W h + b - P h)$ is added to `h`."""
 
     orthonormal, learned, replaces, takes_act_fn = False, True, True, True
 

@@ -1,53 +1,89 @@
-"""The adapter layer: a child of a hooked module that edits the module's output."""
+"""The adapter layer: a child of a hooked module that edits the module's output, or its input."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_reft import merging
+from peft_reft.apply import edit_rows, edit_tokens, precise
+from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
-from peft_reft.plan import EVERYTHING, Selection
+from peft_reft.plan import EVERYTHING, Plan, RowSelection
 from peft_reft.positions import Positions
+from peft_reft.rows import RowEdit, Rows
 from peft_reft.sites import Site
 from peft_reft.tracker import PromptTracker
 
-CHILD_NAME = "reft"
+# What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.
+CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
+
+
+@dataclass
+class AdapterSettings:
+    """How an adapter acts at one site.
+
+    Attributes:
+        positions: the tokens that it edits.
+        strength: factor of its edits; 0 leaves the model as it is.
+        subspaces: name -> its coordinates in the subspace of dimension `r`.
+        coordinates: float32 `[r]`, 1 for the coordinates that are edited; None for all.
+        freeze_subspace: whether the projection is never trained.
+    """
+
+    positions: Positions
+    strength: float = 1.0
+    subspaces: dict[str, range] = field(default_factory=dict)
+    coordinates: torch.Tensor | None = None
+    freeze_subspace: bool = False
+
+    def mask(self, names: Sequence[str]) -> torch.Tensor:
+        """1 for the coordinates of the named subspaces, 0 for the others; float32 `[r]`. Other names count nothing."""
+        mask = torch.zeros(sum(map(len, self.subspaces.values())))
+        for name in names:
+            mask[list(self.subspaces.get(name, ()))] = 1
+        return mask
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
     """Holds the interventions of all adapters at one site, and applies the active ones in the order they were given.
 
     Unlike other tuner layers it does not wrap the module it adapts: `attach` adds it to the module as the child
-    `reft` and hooks the module's forward pass, so that parameter names and module classes of the base model stay.
+    `reft` (`input_reft` where it edits the input) and hooks the module's forward pass, so that parameter names and
+    module classes of the base model stay.
 
     Args:
-        site: the module whose output is edited.
+        site: the module whose output or input is edited.
         tracker: knows which tokens of the current pass are prompt.
     """
 
     adapter_layer_names = ("reft_intervention",)
-    other_param_names = ("reft_positions",)
+    other_param_names = ("reft_settings",)
 
     def __init__(self, site: Site, tracker: PromptTracker) -> None:
         super().__init__()
         self.in_features = self.out_features = site.features
         self.site_name = site.name
+        self.side = site.side
+        self.index = site.index
         self.stream = site.stream
         self.tracker = tracker
         self.reft_intervention = nn.ModuleDict()
-        self.reft_positions: dict[str, Positions] = {}
+        self.reft_settings: dict[str, AdapterSettings] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._handle: RemovableHandle | None = None
+        self._unmerged: merging.Original | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,10 +100,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         layer = cls.at(site)
         if layer is None:
             layer = cls(site, tracker)
-            site.module.add_module(CHILD_NAME, layer)
-            # Before other hooks: Transformers records hidden states in one, which are to be the edited ones. The handle
-            # travels with copies and pickles, and keeps its number from being given to another hook there.
-            layer._handle = site.module.register_forward_hook(layer.edit_output, prepend=True)
+            site.module.add_module(CHILD_NAMES[site.side], layer)
+            # The handle travels with copies and pickles, and keeps its number from being given to another hook there.
+            if site.side == INPUT:
+                layer._handle = site.module.register_forward_pre_hook(layer.edit_input, with_kwargs=True)
+            else:
+                # Before other hooks: Transformers records hidden states in one, which are to be the edited ones.
+                layer._handle = site.module.register_forward_hook(layer.edit_output, prepend=True)
         return layer
 
     @classmethod
@@ -77,23 +116,32 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: something else has taken its name.
         """
-        layer = getattr(site.module, CHILD_NAME, None)
+        name = CHILD_NAMES[site.side]
+        layer = getattr(site.module, name, None)
         if layer is not None and not isinstance(layer, cls):
             raise ValueError(
-                f"{site.name!r} already has an attribute {CHILD_NAME!r} ({type(layer).__name__}), the name that "
+                f"{site.name!r} already has an attribute {name!r} ({type(layer).__name__}), the name that "
                 "peft_reft gives its layers; exclude the module with exclude_modules."
             )
         return layer
 
     @staticmethod
-    def detach(module: nn.Module) -> None:
-        """Take the layer and its hook from a module again."""
-        module._modules.pop(CHILD_NAME)._handle.remove()
+    def of(module: nn.Module) -> list[ReftLayer]:
+        """The layers of a module."""
+        children = (module._modules.get(name) for name in CHILD_NAMES.values())
+        return [child for child in children if isinstance(child, ReftLayer)]
+
+    def detach(self, module: nn.Module) -> None:
+        """Take the layer and its hook from the module that it was attached to."""
+        del module._modules[CHILD_NAMES[self.side]]
+        self._handle.remove()
 
     def update_layer(self, adapter_name: str, config: ReftConfig, module: nn.Module) -> None:
         """Add an adapter, on the device of `module`, in float32."""
         positions = config.parsed_positions
-        self.reft_positions[adapter_name] = positions
+        self.reft_settings[adapter_name] = AdapterSettings(
+            positions, subspaces=config.coordinates, freeze_subspace=config.freeze_subspace
+        )
         intervention = INTERVENTIONS[config.intervention](
             features=self.out_features,
             rank=config.r,
@@ -108,11 +156,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_intervention[adapter_name] = intervention
         self.set_adapter(self.active_adapters)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, and freeze the others."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze_subspaces()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters; subspaces that are set to be frozen stay so."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_subspaces()
+
+    def _freeze_subspaces(self) -> None:
+        for name, settings in self.reft_settings.items():
+            if settings.freeze_subspace and name in self.reft_intervention:
+                self.reft_intervention[name].projection.requires_grad_(False)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; when no other is active, the first of the model's remaining ones becomes so."""
         # Every layer chooses alike, although not every adapter is on every layer. The list is kept here, since
         # Transformers deletes adapters without the tuner.
-        self.tracker.adapters = [name for name in self.tracker.adapters if name != adapter_name]
+        self.tracker.adapters.pop(adapter_name, None)
         if adapter_name in self.active_adapters:
             active = [name for name in self.active_adapters if name != adapter_name]
             successor = sorted(self.tracker.adapters)[:1]
@@ -125,39 +188,144 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
 
+    def why_not_merge(self, module: nn.Module, adapter_name: str) -> str | None:
+        """What keeps an adapter from being merged into the edited module, None if nothing does."""
+        positions, intervention = self.reft_settings[adapter_name].positions, self.reft_intervention[adapter_name]
+        return merging.obstacle(module, str(positions), intervention, self.side == OUTPUT)
+
+    def merge_into(self, module: nn.Module, adapter_names: list[str] | None, safe: bool) -> None:
+        """Merge adapters into the edited module, which `why_not_merge` has nothing against."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.reft_intervention:
+                continue
+            if self._unmerged is None:
+                self._unmerged = merging.Original(module)
+            merging.merge(module, self.affine_edit(name), safe, self.site_name)
+            self.merged_adapters.append(name)
+
+    def affine_edit(self, adapter_name: str) -> merging.Edit:
+        """An adapter's edit as a function of hidden representations, without positions."""
+        settings = self.reft_settings[adapter_name]
+        return merging.Edit(self.reft_intervention[adapter_name], settings.strength, settings.coordinates)
+
+    def shifts(self, adapter_name: str) -> bool:
+        """Whether an affine edit moves a representation of zeros, so that a layer needs a bias to do the same."""
+        zeros = next(self.reft_intervention[adapter_name].parameters()).new_zeros(1, self.out_features)
+        return bool(self.affine_edit(adapter_name)(zeros).any())
+
+    def unmerge_from(self, module: nn.Module) -> None:
+        """Give the edited module back the weights that it had before anything was merged, bit for bit."""
+        if self._unmerged is not None:
+            self._unmerged.restore(module)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
     def forward(self, hidden: Any) -> Any:
         """What it is given: an edited `nn.Sequential` runs through all of its children."""
         return hidden
 
     def edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook: the module's output with its hidden representations edited, None to leave it as it is."""
-        adapters = [name for name in self.active_adapters if name in self.reft_intervention]
-        if self._disable_adapters or not adapters:
+        if self._idle:
             return None
-        hidden = edited = _hidden_of(output, self.site_name)
+        hidden = _hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
+        edited = self._edit(hidden, f"{self.site_name} returned")
+        return None if edited is hidden else _with_hidden(output, edited)
+
+    def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Forward pre-hook: the module's arguments with the hidden representations edited, None to leave them."""
+        if self._idle:
+            return None
+        named = {} if args else {"hidden_states": kwargs.get("hidden_states")}
+        given = _hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
+        # Where accelerate runs blocks on several devices, it moves the input after this hook.
+        hidden = given.to(next(self.reft_intervention.parameters()).device)
+        edited = self._edit(hidden, f"{self.site_name} was given")
+        if edited is hidden:
+            return None
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
+
+    @property
+    def _idle(self) -> bool:
+        if self._disable_adapters:
+            return True
+        rows = self.tracker.plan(self.stream).rows
+        names = self._editing() if rows is None or rows.adapters is None else rows.adapters
+        return not any(name in self.reft_intervention for name in names)
+
+    def _editing(self) -> list[str]:
+        """The adapters that edit here, where rows do not choose their own."""
+        return [
+            name
+            for name in self.active_adapters
+            if name in self.reft_intervention
+            and name not in self.merged_adapters
+            and self.reft_settings[name].strength != 0
+        ]
+
+    def _edit(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """`hidden` itself where nothing is edited."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
-                f"{self.site_name} returned {tuple(hidden.shape)}, but its adapters were built for "
+                f"{name} {tuple(hidden.shape)}, but its adapters were built for "
                 f"{self.out_features} features. Give the module the right out_features, or target another one."
             )
         plan = self.tracker.plan(self.stream)
+        grid = hidden
         if hidden.dim() == 2 and plan.shape is not None and len(hidden) == plan.shape[0] * plan.shape[1]:
             # Some models put all tokens on one axis for a while.
-            edited = hidden.unflatten(0, plan.shape)
-        untouched = edited
-        for name in adapters:
-            positions = self.reft_positions[name]
+            grid = hidden.unflatten(0, plan.shape)
+        plan = plan.of(grid)
+        by_row = plan.rows is not None and plan.rows.adapters is not None
+        edited = (self._edit_by_row if by_row else self._edit_alike)(plan, grid, name)
+        return hidden if edited is grid else edited.view_as(hidden)
+
+    def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        for adapter in self._editing():
+            settings = self.reft_settings[adapter]
             # [rows, features]: without a token axis every row counts.
-            rows = edited.dim() == 2
-            selection = EVERYTHING if rows else plan.selection(positions, edited, self.site_name)
+            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(settings.positions, hidden, name)
+            if selection is None:
+                continue
+            intervention = self.reft_intervention[adapter]
+            edit = partial(intervention, strength=settings.strength, session=self.tracker.generation)
+            coordinates = self._coordinates(adapter, plan.rows, hidden)
+            hidden = edit_tokens(edit, selection, hidden, settings.positions.units, coordinates)
+        return hidden
+
+    def _coordinates(self, adapter: str, rows: Rows | None, hidden: torch.Tensor) -> torch.Tensor | None:
+        by_row = None if rows is None else rows.coordinates(self, adapter, len(hidden))
+        coordinates = self.reft_settings[adapter].coordinates if by_row is None else by_row
+        return None if coordinates is None else coordinates.to(hidden.device, precise(hidden.dtype))
+
+    def _edit_by_row(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        if self.merged_adapters:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        for edits in plan.rows.edits(self, len(hidden)):
+            selection = self._selection_by_row(plan, edits, hidden, name)
             if selection is not None:
-                edit = partial(self.reft_intervention[name], session=self.tracker.generation)
-                edited = _apply(edit, selection, edited, positions.units)
-        return None if edited is untouched else _with_hidden(output, edited.view_as(hidden))
+                grid = hidden.unsqueeze(1) if hidden.dim() == 2 else hidden
+                hidden = edit_rows(edits.stacked(precise(hidden.dtype)), selection, grid).view_as(hidden)
+        return hidden
+
+    @staticmethod
+    def _selection_by_row(plan: Plan, edits: RowEdit, hidden: torch.Tensor, name: str) -> RowSelection | None:
+        if hidden.dim() == 2:
+            return RowSelection(torch.ones(len(hidden), 1, dtype=torch.int8, device=hidden.device))
+        return plan.selection_by_row(edits.positions, hidden, name)
 
     def __repr__(self) -> str:
-        adapters = ", ".join(f"{name}: {positions}" for name, positions in self.reft_positions.items())
+        adapters = ", ".join(f"{name}: {settings.positions}" for name, settings in self.reft_settings.items())
         return f"{type(self).__name__}({self.out_features}, {adapters})"
+
+
+def layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
+    """Every edited module of a model with its layer (or layers)."""
+    for module in model.modules():
+        for layer in ReftLayer.of(module):
+            yield module, layer
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -169,13 +337,18 @@ def _device(module: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _hidden_of(output: Any, name: str) -> torch.Tensor:
+def first_tensor(output: Any) -> Any:
+    """The hidden representations in what a module is given or returns: its first value, unless it is one itself."""
     values = output.values() if isinstance(output, Mapping) else output
-    hidden = output if isinstance(output, torch.Tensor) else next(iter(values), None)
+    return output if isinstance(output, torch.Tensor) else next(iter(values), None)
+
+
+def _hidden_of(output: Any, complaint: str) -> torch.Tensor:
+    hidden = first_tensor(output)
     if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point() or hidden.dim() < 2:
         raise TypeError(
-            f"{name} does not return hidden representations: its output (or the first value of it) must be a floating "
-            f"point tensor [batch, tokens, features] or [rows, features], got {_describe(hidden)}."
+            f"{complaint} (or the first value of it) must be a floating point tensor [batch, tokens, features] or "
+            f"[rows, features], got {_describe(hidden)}."
         )
     return hidden
 
@@ -193,23 +366,3 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     if hasattr(output, "_replace"):  # namedtuple
         return output._replace(**{output._fields[0]: hidden})
     return type(output)((hidden, *output[1:]))
-
-
-def _apply(
-    intervention: Callable[..., torch.Tensor], selection: Selection, hidden: torch.Tensor, units: int
-) -> torch.Tensor:
-    """`hidden` with the selected tokens edited: computed in float32 at least, added in the dtype of `hidden`."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    with torch.autocast(hidden.device.type, enabled=False):
-        if selection.rows is None:
-            codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
-            gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
-            return hidden + intervention(hidden.to(dtype), gate).to(hidden.dtype)
-        flat = hidden.flatten(0, -2)
-        gate = None if units == 1 else _one_hot(selection.units, units, dtype)
-        edit = intervention(flat.index_select(0, selection.rows).to(dtype), gate)
-        return flat.index_add(0, selection.rows, edit.to(hidden.dtype)).view_as(hidden)
-
-
-def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:
-    return (index.unsqueeze(-1) == torch.arange(units, device=index.device)).to(dtype)

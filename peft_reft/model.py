@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
+from peft_reft import merging
 from peft_reft.config import ReftConfig
 from peft_reft.generation import TrackedGenerate
-from peft_reft.layer import CHILD_NAME, ReftLayer
+from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.plan import DECODER, ENCODER
+from peft_reft.rows import Rows
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
+from peft_reft.steering import SteeringMixin
 from peft_reft.tracker import Entry, PromptTracker
 
 
-class ReftModel(BaseTuner):
+class ReftModel(SteeringMixin, BaseTuner):
     """
     Edits hidden representations of a frozen model (ReFT, Wu et al. 2024, https://arxiv.org/abs/2404.03592).
 
@@ -52,6 +59,8 @@ class ReftModel(BaseTuner):
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
+    # What stands between the name of an edited module and that of a parameter of its adapters.
+    _markers = re.compile(rf"\.(?:{'|'.join(CHILD_NAMES.values())})\.{prefix}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT 0.20 calls the model's `forward`, past its hooks.
@@ -62,9 +71,10 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         # Raises before anything is touched. Kept for the matching that follows, which sees names only.
-        self._sites: dict[str, Site] = {site.name: site for site in find_sites(model, peft_config)}
-        for site in self._sites.values():
+        self._sites: dict[str, list[Site]] = {}
+        for site in find_sites(model, peft_config):
             ReftLayer.at(site)
+            self._sites.setdefault(site.name, []).append(site)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:
         if key not in self._sites and matches(peft_config.exclude_modules, key):
@@ -86,17 +96,12 @@ class ReftModel(BaseTuner):
         if state_dict is not None:
             self._check_state_dict(model, self.peft_config[adapter_name], state_dict)
             # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
-            state_dict = {
-                key.replace(f".{CHILD_NAME}.{self.prefix}", f".{self.prefix}"): state_dict[key] for key in state_dict
-            }
+            state_dict = {self._markers.sub(f".{self.prefix}", key): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-        tracker = _tracker_of(model)
-        if adapter_name not in tracker.adapters:
-            tracker.adapters.append(adapter_name)
+        _tracker_of(model).adapters[adapter_name] = tuple(self.peft_config[adapter_name].subspaces or ())
 
     def _check_state_dict(self, model: nn.Module, config: ReftConfig, state_dict: dict[str, torch.Tensor]) -> None:
-        marker = f".{CHILD_NAME}.{self.prefix}"
-        named = {key.rsplit(marker, 1)[0] for key in state_dict if marker in key}
+        named = {self._markers.split(key)[0] for key in state_dict if self._markers.search(key)}
         left_out = named - {site.name for site in find_sites(model, config)}
         if left_out:
             raise ValueError(
@@ -113,52 +118,144 @@ class ReftModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        layer = ReftLayer.attach(self._sites[current_key], _tracker_of(self.model) or _track(self.model))
-        layer.update_layer(adapter_name, peft_config, target)
+        for site in self._sites[current_key]:
+            layer = ReftLayer.attach(site, _tracker_of(self.model) or _track(self.model))
+            layer.update_layer(adapter_name, peft_config, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Interventions are created in float32; as with LoRA, no autocast means the dtype of the adapted module.
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for module, layer in _layers(self.model):
+        for module, layer in layers(self.model):
             floats = (p.dtype for p in _own_parameters(module, layer) if p.is_floating_point())
             if adapter_name in layer.reft_intervention and (dtype := next(floats, None)) is not None:
                 layer.reft_intervention[adapter_name].to(dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "ReFT does not support `adapter_names` (one adapter a row) yet; activate adapters with set_adapter."
-            )
-        yield
+        if (names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        tracker = _tracker_of(self.model)
+        rows = Rows(names, None)
+        rows.check(tracker.adapters, self.training, batch=None)
+        handles = [
+            module.register_forward_pre_hook(partial(_choose_by_row, adapter_names=names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            # Threads of a server take turns, from here on as in `generate`.
+            with tracker.turn, tracker.asking(rows):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(
-            "A ReFT adapter cannot be merged: it edits hidden representations of chosen tokens, which no change of the "
-            "weights can do. Keep the adapter, or take it off with unload()."
-        )
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merge adapters into the weights of the layers behind which they edit; `unmerge_adapter` restores these.
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        Exact for affine edits (no `act_fn`) of all tokens (`positions="all"`) behind a linear layer. A layer without a
+        bias gets one. Until then a copy of the original weights is kept.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters, by default the active ones.
+            safe_merge (`bool`, *optional*): Check that the new weights are finite before they replace the old ones.
+
+        Raises:
+            ValueError: An adapter cannot be merged exactly; the message names the layer and the reason. Nothing has
+                been changed then.
+        """
+        self._check_merge_allowed(adapter_names)
+        for module, layer in list(layers(self.model)):
+            with onload_layer(module):
+                layer.merge_into(module, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the weights again, bit for bit."""
+        for module, layer in list(layers(self.model)):
+            with onload_layer(module):
+                layer.unmerge_from(module)
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters; merged ones are taken out of the weights."""
+        self.unmerge_adapter()
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it is merged, all merged adapters are taken out of the weights."""
+        if any(adapter_name in layer.merged_adapters for _, layer in layers(self.model)):
+            self.unmerge_adapter()
+        super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        for module, layer in layers(self.model):
+            for name in layer.active_adapters if adapter_names is None else adapter_names:
+                if name not in layer.reft_intervention or name in layer.merged_adapters:
+                    continue
+                why = layer.why_not_merge(module, name) or self._tied(module)
+                if why is not None:
+                    raise ValueError(
+                        f"The ReFT adapter {name!r} cannot be merged exactly: at {layer.site_name!r} {why}. Keep the "
+                        "adapter, which costs little, or take it off with unload()."
+                    )
+
+    def _tied(self, module: nn.Module) -> str | None:
+        others = [
+            n for n, m in self.model.named_modules() if m is not module and m._parameters.get("weight") is not None
+        ]
+        weight = module._parameters.get("weight")
+        for name in others:
+            if self.model.get_submodule(name).weight is weight:
+                return f"the weight is shared with {name!r}"
+        return None
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
-        for module, _ in list(_layers(self.model)):
-            ReftLayer.detach(module)
+            self._merge_for_good(safe_merge, adapter_names)
+        for module, layer in list(layers(self.model)):
+            layer.detach(module)
         _untrack(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        return super()._unload_and_optionally_merge(False, progressbar)
+
+    def _merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed(adapter_names)
+        flags: tuple[dict[str, list[str]], set[str]] = {}, set()
+        if isinstance(self.model, PreTrainedModel):
+            flags = merging.bias_flags(self.model, self._new_biases(adapter_names))
+        self.merge_adapter(adapter_names, safe_merge)
+        if isinstance(self.model, PreTrainedModel):
+            merging.add_biases(self.model, *flags)
+
+    def _new_biases(self, adapter_names: list[str] | None) -> set[str]:
+        """Names of the biases that merging adds."""
+        return {
+            f"{layer.site_name}.bias"
+            for module, layer in layers(self.model)
+            for name in (layer.active_adapters if adapter_names is None else adapter_names)
+            if name in layer.reft_intervention and module.bias is None and layer.shifts(name)
+        }
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.
         setattr(parent, child_name, new_module)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
-    """Every hooked module with its layer."""
-    for module in model.modules():
-        layer = module._modules.get(CHILD_NAME)
-        if isinstance(layer, ReftLayer):
-            yield module, layer
+def _choose_by_row(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: Sequence[str]
+) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of PEFT's wrappers around modules that are trained whole."""
+    # Beams and returned sequences repeat rows.
+    repeats = args[0].shape[0] // len(adapter_names)
+    return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:
@@ -183,8 +280,8 @@ def _track(model: nn.Module) -> PromptTracker:
         owner = block_list.owner[1]
         if owner is not model:
             _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), both, generates, False))
-    if generates and not both:
-        TrackedGenerate.attach(model, tracker)
+    if generates:
+        TrackedGenerate.attach(model, tracker, decoder_only=not both)
     return tracker
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from peft_reft import positions as pos
 from peft_reft.positions import Positions
+
+if TYPE_CHECKING:
+    from peft_reft.rows import RowPositions, Rows
 
 # Streams of tokens: an encoder-decoder model has both, any other model only the first.
 DECODER, ENCODER = "decoder", "encoder"
@@ -54,6 +58,18 @@ class Selection:
 EVERYTHING = Selection()
 
 
+@dataclass(frozen=True)
+class RowSelection:
+    """The edited tokens of one pass whose rows have different adapters.
+
+    `codes` is int8 `[rows, k]`: the unit of each of the row's tokens at `index` `[rows, k]`, 0 for no edit. Without
+    `index` they are those of all tokens.
+    """
+
+    codes: torch.Tensor
+    index: torch.Tensor | None = None
+
+
 class Plan:
     """What one pass edits in one stream of tokens.
 
@@ -61,6 +77,7 @@ class Plan:
         shape: `(batch, tokens)` of the pass, or None when the model does not tell (any module output fits then).
         codes: see `Codes`; asked when the first layer needs it, for adapters may be disabled.
         training: whether to warn when nothing is edited.
+        rows: what the caller asks of each row, if he does.
     """
 
     def __init__(
@@ -68,28 +85,45 @@ class Plan:
         shape: tuple[int, int] | None,
         codes: Codes,
         training: bool = False,
+        rows: Rows | None = None,
     ) -> None:
         self.shape = shape
         self.training = training
+        self.rows = rows
         self._codes = codes
-        self._selections: dict[tuple[Positions, torch.device], Selection | None] = {}
+        self._selections: dict[tuple[Positions | RowPositions, torch.device], Selection | RowSelection | None] = {}
+
+    def of(self, hidden: torch.Tensor) -> Plan:
+        """The plan for an output `hidden` `[batch, tokens, d]`."""
+        return self
 
     def selection(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
-        """The tokens of `hidden` `[batch, tokens, d]` to edit, None for none.
+        """The tokens of `hidden` `[batch, tokens, d]` to edit, None for none; `name` tells in errors whose it is.
 
         Raises:
             ValueError: `hidden` has another token axis than the model's input, or its prompt cannot be told.
         """
-        if self.shape is not None and (hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape):
-            raise ValueError(
-                f"{name} returned {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
-                f"{self.shape[1]} tokens, so positions={str(positions)!r} has no meaning there. Choose modules whose "
-                "output is [batch, tokens, features] with target_modules or layers_to_transform."
-            )
+        self._check_shape(positions, hidden, name)
         key = (positions, hidden.device)
         if key not in self._selections:
             self._selections[key] = self._select(positions, hidden)
         return self._selections[key]
+
+    def selection_by_row(self, positions: RowPositions, hidden: torch.Tensor, name: str) -> RowSelection | None:
+        """As `selection`, for rows that have their own position spec each."""
+        self._check_shape(next(iter(positions.masks)), hidden, name)
+        key = (positions, hidden.device)
+        if key not in self._selections:
+            self._selections[key] = self._select_by_row(positions, hidden)
+        return self._selections[key]
+
+    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+        if self.shape is not None and (hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape):
+            raise ValueError(
+                f"{name} {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
+                f"{self.shape[1]} tokens, so positions={str(positions)!r} has no meaning there. Choose modules whose "
+                "output is [batch, tokens, features] with target_modules or layers_to_transform."
+            )
 
     def codes(self, positions: Positions, device: torch.device) -> torch.Tensor:
         """Code of each token, int8 `[batch, tokens]`, for a plan that knows its shape."""
@@ -102,17 +136,9 @@ class Plan:
         codes = self._codes(positions)
         if codes is None:
             return None
-        if isinstance(codes, int):
-            if positions.units == 1:
-                return EVERYTHING
-            codes = torch.full(hidden.shape[:2], codes, dtype=torch.int8, device=hidden.device)
-        if hidden.shape[0] % codes.shape[0]:
-            raise ValueError(
-                f"generate was called with {codes.shape[0]} sequences, but a pass of it has {hidden.shape[0]}, so they "
-                "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
-            )
-        if codes.shape[0] != hidden.shape[0]:
-            codes = codes.repeat_interleave(hidden.shape[0] // codes.shape[0], dim=0)
+        if isinstance(codes, int) and positions.units == 1:
+            return EVERYTHING
+        codes = _spread(codes, hidden)
         if torch.compiler.is_compiling():
             return Selection(codes.to(hidden.device))
         # The one host synchronization of a pass.
@@ -130,6 +156,36 @@ class Plan:
             return Selection(codes).to(hidden.device)
         units = on_host.flatten()[rows].long() - 1
         return Selection(codes, rows, units).to(hidden.device)
+
+    def _select_by_row(self, positions: RowPositions, hidden: torch.Tensor) -> RowSelection | None:
+        combined = None
+        for spec, mask in positions.masks.items():
+            codes = self._codes(spec)
+            if codes is None:
+                continue
+            codes = torch.where(mask[:, None], _spread(codes, hidden).cpu(), 0)
+            _check_prompts(codes, spec)
+            combined = codes if combined is None else combined + codes
+        most = 0 if combined is None else int((combined > 0).sum(-1).max())
+        if most == 0:
+            return None
+        if 2 * most > combined.shape[1]:
+            return RowSelection(combined.to(hidden.device))
+        # Edited tokens first; a row with fewer of them than others is filled up with tokens of code 0.
+        index = (combined > 0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+        return RowSelection(combined.gather(1, index).to(hidden.device), index.to(hidden.device))
+
+
+def _spread(codes: torch.Tensor | int, hidden: torch.Tensor) -> torch.Tensor:
+    """Codes as int8 `[batch, tokens]` of `hidden`, whose rows may be repeats of those in `codes`."""
+    if isinstance(codes, int):
+        return torch.full(hidden.shape[:2], codes, dtype=torch.int8, device=hidden.device)
+    if hidden.shape[0] % codes.shape[0]:
+        raise ValueError(
+            f"generate was called with {codes.shape[0]} sequences, but a pass of it has {hidden.shape[0]}, so they "
+            "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
+        )
+    return codes.repeat_interleave(hidden.shape[0] // codes.shape[0], dim=0)
 
 
 def _check_prompts(codes: torch.Tensor, positions: Positions) -> None:
@@ -152,17 +208,19 @@ def _check_prompts(codes: torch.Tensor, positions: Positions) -> None:
 class WholeSequence(Plan):
     """The plan of a pass that says nothing about its tokens: all that a module puts out is one prompt."""
 
-    def __init__(self) -> None:
-        super().__init__(None, self._every_token)
+    def __init__(self, rows: Rows | None = None) -> None:
+        super().__init__(None, self._every_token, rows=rows)
 
-    def selection(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
+    def of(self, hidden: torch.Tensor) -> Plan:
         shape = tuple(hidden.shape[:2])
 
-        def codes(positions: Positions) -> torch.Tensor:
+        def codes(positions: Positions) -> torch.Tensor | int:
+            if not positions.needs_prompt:
+                return positions.tail
             prompt = torch.ones(shape, dtype=torch.bool, device=hidden.device)
             return pos.assign(positions, prompt, torch.zeros_like(prompt))
 
-        return Plan(shape, codes if positions.needs_prompt else self._every_token).selection(positions, hidden, name)
+        return Plan(shape, codes, rows=self.rows)
 
     @staticmethod
     def _every_token(positions: Positions) -> int:

@@ -92,8 +92,8 @@ def _edits(model: nn.Module, ids: list[int], prompt_length: int) -> list[_Edits]
     layers: Counter[tuple[str, Positions, str]] = Counter()
     for layer in model.modules():
         if isinstance(layer, ReftLayer) and not layer.disable_adapters:
-            adapters = [name for name in layer.active_adapters if name in layer.reft_positions]
-            layers.update((name, layer.reft_positions[name], layer.stream) for name in adapters)
+            adapters = [name for name in layer.active_adapters if name in layer.reft_settings]
+            layers.update((name, layer.reft_settings[name].positions, layer.stream) for name in adapters)
     edits = []
     for (adapter, positions, stream), count in layers.items():
         if stream == DECODER:

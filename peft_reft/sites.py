@@ -11,26 +11,32 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_reft.components import OUTPUT, find_component, has_output
 from peft_reft.config import ReftConfig
+from peft_reft.interventions import INTERVENTIONS
 from peft_reft.plan import DECODER, ENCODER
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module whose output is edited.
+    """A module whose output (or input) is edited.
 
     Attributes:
         name: its dotted name in the model.
         module: the module.
-        features: size of its output's last axis.
+        features: size of the last axis of what is edited.
         stream: the stream of tokens that passes through it, `"decoder"` or, in the encoder of an encoder-decoder
             model, `"encoder"`.
+        side: whether its `"output"` or its `"input"` is edited.
+        index: number of the block that it is, or is in.
     """
 
     name: str
     module: nn.Module
     features: int
     stream: str = DECODER
+    side: str = OUTPUT
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,20 @@ def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
     find = _block_sites if config.target_modules is None else _named_sites
     sites = _without_left_out(_reached(model, find(model, block_lists(model), config), config), config)
     for site in sites:
-        if config.r > site.features:
+        if INTERVENTIONS[config.intervention].low_rank and config.r > site.features:
             raise ValueError(f"r={config.r} is larger than the hidden size {site.features} of {site.name!r}.")
+        _check_is_called(model, site)
     return sites
+
+
+def _check_is_called(model: nn.Module, site: Site) -> None:
+    parent = model.get_submodule(site.name.rpartition(".")[0])
+    fused = isinstance(parent, nn.MultiheadAttention) or (hasattr(parent, "A_log") and hasattr(parent, "conv1d"))
+    if fused and site.name.endswith(".out_proj"):
+        raise ValueError(
+            f"{site.name!r} cannot be edited: {type(parent).__name__} uses its weight without calling it. Target "
+            f"{site.name.rpartition('.')[0]!r} instead."
+        )
 
 
 def _reached(model: nn.Module, sites: list[Site], config: ReftConfig) -> list[Site]:
@@ -212,23 +229,28 @@ def _block_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
         )
     lists = _by_pattern(lists, config)
     _check_layers(lists, config)
+    return [site for component in config.components for site in _component_sites(lists, component, config)]
+
+
+def _component_sites(lists: list[BlockList], component: str, config: ReftConfig) -> list[Site]:
+    sites, blocks = [], []
     for block_list in lists:
-        if not all(_has_output(block) for block in block_list.blocks):
-            raise ValueError(
-                f"The blocks of {block_list.name!r} ({type(block_list.blocks[0]).__name__}) have no output of their "
-                "own. Name the modules to edit in target_modules."
-            )
-    return [
-        Site(f"{block_list.name}.{index}", block, block_list.hidden_size, block_list.stream)
-        for block_list in lists
-        for index, block in enumerate(block_list.blocks)
-        if index in _indices(len(block_list.blocks), config)
-    ]
-
-
-def _has_output(module: nn.Module) -> bool:
-    """Whether a module can be called; containers such as `nn.ModuleList` cannot."""
-    return type(module).forward is not nn.Module.forward
+        for index in sorted(_indices(len(block_list.blocks), config)):
+            block = block_list.blocks[index]
+            blocks.append(block)
+            found = find_component(block, component)
+            if found is not None:
+                name, module, side = found
+                name = f"{block_list.name}.{index}" + (f".{name}" if name else "")
+                sites.append(Site(name, module, block_list.hidden_size, block_list.stream, side, index))
+    # Hybrid models have attention in some blocks only.
+    if not sites:
+        raise ValueError(
+            f"component={component!r} was not found in any of the asked blocks "
+            f"({', '.join(sorted({type(block).__name__ for block in blocks}))}). Name the modules to edit in "
+            "target_modules."
+        )
+    return sites
 
 
 def _by_pattern(lists: list[BlockList], config: ReftConfig) -> list[BlockList]:
@@ -279,12 +301,14 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
     streams = _streams_by_module(model)
     sites = []
     for name, module in _base_modules(model):
-        if not matches(config.target_modules, name) or not _has_output(module):
+        if not matches(config.target_modules, name) or not has_output(module):
             continue
         home = next((bl for bl in homes if name.startswith(f"{bl.name}.")), None)
-        if restricted and (home is None or _index_in(home, name) not in _indices(len(home.blocks), config)):
+        index = None if home is None else _index_in(home, name)
+        if restricted and (home is None or index not in _indices(len(home.blocks), config)):
             continue
-        sites.append(Site(name, module, _features(model, name, module, home), streams.get(module, DECODER)))
+        width = _features(model, name, module, home)
+        sites.append(Site(name, module, width, streams.get(module, DECODER), index=index))
     if not sites:
         layers = f" in layers_to_transform={config.layers_to_transform!r}" if _layers(config) is not None else ""
         layers += f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""

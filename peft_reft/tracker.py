@@ -13,35 +13,42 @@ from torch import nn
 
 from peft_reft.plan import ENCODER, Plan, WholeSequence
 from peft_reft.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
+from peft_reft.rows import Rows
 
 if TYPE_CHECKING:
     from peft_reft.generation import Generation
+
+
+# Arguments of `forward` and `generate` that are for ReFT alone.
+ARGUMENTS = {"prompt_mask", "adapter_names", "subspaces"}
 
 
 class PromptTracker:
     """State of a model's current pass, shared by its `ReftLayer`s. Copies and pickles of the model start afresh.
 
     Attributes:
-        adapters: names of all adapters, in the order they were added.
+        adapters: names of all adapters, in the order they were added -> names of their subspaces.
         plans: stream of tokens -> its plan in the current pass.
         entered: the entry that the current pass came in through, None between passes.
         generation: the `generate` call that is going on.
+        rows: what the call that is going on asks of each row of its batch.
     """
 
-    def __init__(self, adapters: tuple[str, ...] = ()) -> None:
-        self.adapters = list(adapters)
+    def __init__(self, adapters: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        self.adapters = dict(adapters or {})
         self.plans: dict[str, Plan] = {}
         self.entered: Entry | None = None
         self.generation: Generation | None = None
+        self.rows: Rows | None = None
         # Threads of a server take turns, each with a whole `generate`.
         self.turn = threading.RLock()
 
-    def __reduce__(self) -> tuple[type[PromptTracker], tuple[tuple[str, ...]]]:
-        return type(self), (tuple(self.adapters),)
+    def __reduce__(self) -> tuple[type[PromptTracker], tuple[dict[str, tuple[str, ...]]]]:
+        return type(self), (self.adapters,)
 
     def plan(self, stream: str) -> Plan:
         """The plan of a stream of tokens."""
-        return self.plans.get(stream) or WholeSequence()
+        return self.plans.get(stream) or WholeSequence(self.rows)
 
     def restore(self, plans: dict[str, Plan], _grad: torch.Tensor) -> None:
         """Tensor hook: make the plans of an earlier pass current again."""
@@ -55,6 +62,15 @@ class PromptTracker:
             yield
         finally:
             self.generation = outer
+
+    @contextmanager
+    def asking(self, rows: Rows | None) -> Iterator[None]:
+        """While it lasts, every pass asks this of its rows."""
+        outer, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = outer
 
 
 class Entry:
@@ -98,10 +114,20 @@ class Entry:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         _refuse(call)
         self.tracker.plans = {stream: self._plan(stream, call, module.training) for stream in self.streams}
-        if "prompt_mask" not in kwargs:
+        rows = Rows.of(call, self.tracker.rows)
+        if rows is not None:
+            self._ask(rows, module.training)
+        if not ARGUMENTS & kwargs.keys():
             return None
-        # The model's own forward does not know this argument.
-        return args, {name: value for name, value in kwargs.items() if name != "prompt_mask"}
+        # The model's own forward does not know these.
+        return args, {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+
+    def _ask(self, rows: Rows, training: bool) -> None:
+        shapes = [plan.shape for plan in self.tracker.plans.values() if plan.shape is not None]
+        if not rows.checked:
+            rows.check(self.tracker.adapters, training, shapes[0][0] if shapes else None)
+        for plan in self.tracker.plans.values():
+            plan.rows = rows
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook, also called after an exception."""
@@ -132,8 +158,6 @@ class Entry:
 
 
 def _refuse(call: Mapping[str, Any]) -> None:
-    if call.get("adapter_names") is not None:
-        raise NotImplementedError("ReFT does not support `adapter_names` (one adapter a row) yet.")
     if type(call.get("cache")).__name__ == "PagedAttentionCache":
         raise NotImplementedError(
             "Continuous batching (generate_batch, cache_implementation='paged') mixes prompts and generated tokens in "

@@ -30,6 +30,8 @@ SETTINGS = {
     "modules_to_save": ["score"],
     "dropout": 0.25,
     "act_fn": "gelu",
+    "subspaces": {"style": 1, "task": 2},
+    "freeze_subspace": True,
     "init_weights": "pyreft",
 }
 

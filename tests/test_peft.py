@@ -613,37 +613,6 @@ def test_unload_restores_modules_to_save():
     assert after == before
 
 
-@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
-def test_merging_is_refused_before_anything_is_touched(method):
-    base = tiny.llama()
-    model = get_peft_model(base, reft()).eval()
-    before, expected, tokens = traces(base), logits(model), generated(model)
-    with pytest.raises(NotImplementedError, match="cannot be merged"):
-        getattr(model, method)()
-    assert traces(base) == before
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(generated(model), tokens)
-    assert model.get_model_status().merged_adapters == []
-
-
-def test_a_single_layer_refuses_to_merge():
-    layer = layers_of(get_peft_model(tiny.llama(), reft()))[0]
-    with pytest.raises(NotImplementedError):
-        layer.merge()
-
-
-@pytest.mark.parametrize("route", ["forward", "generate"])
-def test_mixed_batches_are_refused_rather_than_ignored(route):
-    model = two_adapters()
-    expected = logits(model)
-    names = {"adapter_names": ["default", "other"]}
-    # Transformers' own check of the arguments of `generate` comes first where there is no PeftModel.
-    for entry, error in ((model, NotImplementedError), (model.get_base_model(), (NotImplementedError, ValueError))):
-        with pytest.raises(error, match="adapter_names"):
-            entry(input_ids=IDS, **names) if route == "forward" else generated(entry, **names)
-        assert torch.equal(logits(entry), expected)
-
-
 # Models in other shapes
 
 

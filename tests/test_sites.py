@@ -533,7 +533,11 @@ def test_two_stacks_of_equal_weight_are_both_edited():
     ("model", "settings", "message"),
     [
         ("XLMModel", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": VOCAB}, "none were found in XLMModel"),
-        ("FunnelModel", {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64}, "have no output of their own"),
+        (
+            "FunnelModel",
+            {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
+            "was not found in any of the asked blocks",
+        ),
     ],
 )
 def test_a_model_without_a_list_of_blocks_asks_for_names(model, settings, message):

@@ -1,0 +1,61 @@
+"""Puts edits into hidden representations: computed in float32 at least, added in the dtype of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from peft_reft.plan import RowSelection, Selection
+from peft_reft.stacked import Stacked
+
+# hidden [..., d], gate [..., u] or None, coordinates [..., r] or None -> edit [..., d]
+Edit = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+
+
+def edit_tokens(
+    edit: Edit, selection: Selection, hidden: torch.Tensor, units: int, coordinates: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`hidden` with the selected tokens edited.
+
+    Args:
+        edit: computes the edit.
+        selection: the tokens.
+        hidden: `[batch, tokens, d]`, or `[rows, d]` when `selection` is everything.
+        units: number of units of the intervention.
+        coordinates: `[r]`, or `[batch, r]` where rows differ, see `Intervention.forward`; None for all.
+    """
+    dtype = precise(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if selection.rows is None:
+            codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
+            gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
+            if coordinates is not None and coordinates.dim() == 2 and hidden.dim() == 3:
+                coordinates = coordinates.unsqueeze(1)
+            return hidden + edit(hidden.to(dtype), gate, coordinates).to(hidden.dtype)
+        flat = hidden.flatten(0, -2)
+        gate = None if units == 1 else _one_hot(selection.units, units, dtype)
+        if coordinates is not None and coordinates.dim() == 2:
+            coordinates = coordinates.index_select(0, selection.rows // hidden.shape[1])
+        edited = edit(flat.index_select(0, selection.rows).to(dtype), gate, coordinates)
+        return flat.index_add(0, selection.rows, edited.to(hidden.dtype)).view_as(hidden)
+
+
+def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden` `[rows, tokens, d]` with the selected tokens of each row edited by its own intervention."""
+    dtype = precise(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if selection.index is None:
+            return hidden + stacked(hidden.to(dtype), selection.codes).to(hidden.dtype)
+        index = selection.index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        edit = stacked(hidden.gather(1, index).to(dtype), selection.codes)
+        return hidden.scatter_add(1, index, edit.to(hidden.dtype))
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that edits of representations in `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:
+    return (index.unsqueeze(-1) == torch.arange(units, device=index.device)).to(dtype)

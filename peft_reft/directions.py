@@ -1,0 +1,118 @@
+"""Directions in the residual stream that tell two kinds of text apart, to steer along or to start an adapter from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peft_reft.sites import BlockList, block_lists
+
+_BATCH = 16
+
+
+@torch.no_grad()
+def directions_from_pairs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    layers: Iterable[int],
+) -> dict[int, torch.Tensor]:
+    """Difference of means: where the last token of `positive` texts is on average, seen from that of `negative` ones.
+
+    Adapters of a PEFT model are off meanwhile. Texts that differ in nothing else, pair by pair, give the cleanest
+    directions. See `ReftModel.set_directions` for what to do with them.
+
+    Args:
+        model: a Transformers model with one stack of blocks, or a PEFT model around one.
+        tokenizer: its tokenizer.
+        positive: texts that have what the direction is to stand for.
+        negative: texts that have not.
+        layers: numbers of blocks whose output is compared; negative numbers count from the end.
+
+    Returns:
+        Each of `layers` -> float32 `[1, d]` on the CPU, as long as the means are apart.
+
+    Raises:
+        ValueError: no texts, texts without tokens, a model with several stacks or none, or no such layer.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = list(layers)
+    block_list = _only_block_list(base)
+    numbers = [_number(block_list, layer) for layer in layers]
+    if not positive or not negative:
+        raise ValueError(f"Texts of both kinds are needed, got {len(positive)} positive and {len(negative)} negative.")
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        means = [_mean_states(base, block_list, tokenizer, texts, numbers) for texts in (positive, negative)]
+    return {layer: (means[0][i] - means[1][i])[None] for i, layer in enumerate(layers)}
+
+
+def _only_block_list(model: nn.Module) -> BlockList:
+    found = block_lists(model)
+    if len(found) != 1:
+        names = ", ".join(repr(block_list.name) for block_list in found) or "none"
+        raise ValueError(f"The model must have one stack of blocks, {type(model).__name__} has {names}.")
+    return found[0]
+
+
+def _number(block_list: BlockList, layer: int) -> int:
+    count = len(block_list.blocks)
+    if not -count <= layer < count:
+        raise ValueError(f"There is no layer {layer}: {block_list.name!r} has {count}.")
+    return layer % count
+
+
+def _mean_states(
+    model: nn.Module,
+    block_list: BlockList,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    numbers: Sequence[int],
+) -> torch.Tensor:
+    """Mean over texts of the last token's state behind each of the blocks, float32 `[layers, d]`."""
+    total = torch.zeros(len(numbers), block_list.hidden_size)
+    for begin in range(0, len(texts), _BATCH):
+        total += _last_states(model, block_list, tokenizer, texts[begin : begin + _BATCH], numbers).sum(1)
+    return total / len(texts)
+
+
+def _last_states(
+    model: nn.Module,
+    block_list: BlockList,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    numbers: Sequence[int],
+) -> torch.Tensor:
+    """State of each text's last token behind each of the blocks, float32 `[layers, texts, d]`."""
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    if any(len(tokens) == 0 for tokens in ids):
+        raise ValueError("One of the texts has no tokens.")
+    # Padded here, on the right: many tokenizers of language models have no padding token.
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(number: int, output: torch.Tensor | tuple) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        last = hidden[torch.arange(len(texts), device=hidden.device), (lengths - 1).to(hidden.device)]
+        states[number] = last.float().cpu()
+
+    handles = [
+        block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in numbers
+    ]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        model(input_ids=padded.to(device), attention_mask=mask.to(device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return torch.stack([states[n] for n in numbers])

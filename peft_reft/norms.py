@@ -1,0 +1,116 @@
+"""How much each token is edited at each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_reft.components import INPUT
+from peft_reft.layer import ReftLayer, first_tensor, layers
+from peft_reft.plan import DECODER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class EditNorms:
+    """`values` `[batch, tokens, places]` float32 on the CPU: `||edit|| / ||h||`, 0 where nothing is edited.
+
+    `places` names the edited module of each column (with `" input"` where it is the input that is edited).
+    """
+
+    values: torch.Tensor
+    places: tuple[str, ...]
+
+    def plot(self, tokens: Sequence[str] | None = None, row: int = 0) -> Figure:
+        """A heatmap of one row of the batch: tokens from left to right, layers from bottom to top.
+
+        Args:
+            tokens: labels, one a token, such as `tokenizer.convert_ids_to_tokens(ids)`.
+            row: which row of the batch.
+
+        Raises:
+            ImportError: matplotlib is missing (`pip install peft-reft[plot]`).
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("The heatmap needs matplotlib: pip install 'peft-reft[plot]'.") from error
+        values = self.values[row].T
+        places, count = values.shape
+        figure = Figure(figsize=(max(4, 2.5 + 0.28 * count), max(2.5, 1.6 + 0.2 * places)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+        axes.set_yticks(range(places), self.places, fontsize=7)
+        axes.set_xticks(range(count), tokens or range(count), fontsize=7, rotation=90)
+        axes.set_xlabel("token")
+        figure.colorbar(image, label="||edit|| / ||h||")
+        return figure
+
+
+@torch.no_grad()
+def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None = None) -> EditNorms:
+    """Size of the edits of the active adapters, relative to what they edit, in one forward pass.
+
+    Args:
+        model: a model with ReFT adapters.
+        inputs: arguments of its `forward`; what counts as prompt is told as in training (`labels`, `prompt_mask`),
+            without either all of it does.
+        stream: `"encoder"` or `"decoder"`, for adapters that edit both stacks of an encoder-decoder model.
+
+    Raises:
+        ValueError: the model has no ReFT adapters, or they edit both stacks and `stream` is not given.
+    """
+    places = [(module, layer) for module, layer in layers(model) if stream in (None, layer.stream)]
+    streams = {layer.stream for _, layer in places}
+    if not places:
+        raise ValueError("The model has no ReFT adapters" + (f" in its {stream}." if stream else "."))
+    if len(streams) > 1:
+        raise ValueError(f"The adapters edit both stacks; choose one with stream='encoder' or stream={DECODER!r}.")
+    before: dict[ReftLayer, torch.Tensor] = {}
+    after: dict[ReftLayer, torch.Tensor] = {}
+    handles = [handle for module, layer in places for handle in _watch(module, layer, before, after)]
+    training = model.training
+    model.eval()
+    try:
+        model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    seen = [layer for _, layer in places if layer in before]
+    columns = [_relative(before[layer], after[layer]) for layer in seen]
+    names = (layer.site_name + (" input" if layer.side == INPUT else "") for layer in seen)
+    return EditNorms(torch.stack(columns, dim=-1), tuple(names))
+
+
+def _watch(module: nn.Module, layer: ReftLayer, before: dict, after: dict) -> list:
+    """Hooks that keep what a layer is given, and what it makes of it."""
+
+    def keep(store: dict[ReftLayer, torch.Tensor], value: Any) -> None:
+        store[layer] = first_tensor(value).detach()
+
+    if layer.side == INPUT:
+
+        def given(store: dict, args: tuple, kwargs: dict) -> None:
+            keep(store, args or {"hidden_states": kwargs["hidden_states"]})
+
+        return [
+            module.register_forward_pre_hook(lambda m, a, k: given(before, a, k), prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(lambda m, a, k: given(after, a, k), with_kwargs=True),
+        ]
+    return [
+        module.register_forward_hook(lambda m, a, output: keep(before, output), prepend=True),
+        module.register_forward_hook(lambda m, a, output: keep(after, output)),
+    ]
+
+
+def _relative(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    edit = torch.linalg.vector_norm(after.float() - before.float(), dim=-1)
+    norm = torch.linalg.vector_norm(before.float(), dim=-1)
+    return torch.where(edit == 0, 0, edit / norm).cpu()

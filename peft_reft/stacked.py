@@ -1,0 +1,179 @@
+"""One pass for rows of a batch that have different interventions: their factors stacked, gathered by row.
+
+Shapes: `b` rows of the batch, `k` representations of each, `c` columns: the coordinates of all units of a row's
+intervention, filled up with zeros to those of the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peft_reft.interventions import Factors, Intervention, LowRankIntervention, RedIntervention
+
+# hidden [b, k, d], unit of each representation [b, k] (0 for none) -> edit [b, k, d]
+Stacked = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What edits one row: an intervention, its strength, and which coordinates `[r]` it edits (None: all)."""
+
+    intervention: Intervention
+    strength: float = 1.0
+    coordinates: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StackedLowRank:
+    """Low-rank edits in their normal form (see `interventions.Factors`), one for each row.
+
+    `left`, `right` and `removed` are `[b, c, d]` (the latter None where no row needs it), `bias` and `gain` `[b, c]`,
+    `unit` int8 `[b, c]`, the unit that a column belongs to, counted from 1. `activations` are pairs of an activation
+    and the rows, bool `[b]`, that have it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    removed: torch.Tensor | None
+    bias: torch.Tensor
+    gain: torch.Tensor
+    unit: torch.Tensor
+    activations: tuple[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], ...]
+
+    @classmethod
+    def of(cls, members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> StackedLowRank:
+        """Stack distinct `members`; `rows` int64 `[b]` gives the member of each row, -1 for none."""
+        device = members[0].intervention.projection.device
+        units, ranks = zip(*(m.intervention.projection.shape[:2] for m in members), strict=True)
+        columns = max(u * r for u, r in zip(units, ranks, strict=True))
+        features = members[0].intervention.projection.shape[2]
+        # One more, all zero, for rows without an edit: index -1.
+        left = torch.zeros(len(members) + 1, columns, features, dtype=dtype, device=device)
+        right, removed = torch.zeros_like(left), torch.zeros_like(left)
+        bias = left.new_zeros(left.shape[:2])
+        gain = torch.zeros(left.shape[:2], dtype=dtype)
+        unit = torch.zeros(left.shape[:2], dtype=torch.int8)
+        for alike in _alike(members):
+            factors = _factors([members[i].intervention for i in alike], dtype)
+            index = torch.tensor(alike, device=device)
+            used = factors.bias.shape[1]
+            gain[alike, :used] = _gain([members[i] for i in alike]).to(dtype)
+            unit[alike, :used] = _unit_of_column(members[alike[0]].intervention)
+            left[index, :used], bias[index, :used] = factors.left, factors.bias
+            if factors.right is not None:
+                right[index, :used] = factors.right
+            if factors.removed is not None:
+                removed[index, :used] = factors.removed
+        rows = rows.to(device)
+        activations = _activations(members, rows)
+        return cls(
+            left[rows],
+            right[rows],
+            removed[rows] if activations else None,
+            bias[rows],
+            gain.to(device)[rows],
+            unit.to(device)[rows],
+            activations,
+        )
+
+    def __call__(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        target = torch.baddbmm(self.bias.unsqueeze(1), hidden, self.right.mT)
+        for act_fn, rows in self.activations:
+            target = torch.where(rows[:, None, None], act_fn(target), target)
+        if self.removed is not None:
+            target = target - hidden @ self.removed.mT
+        gate = (codes.unsqueeze(-1) == self.unit.unsqueeze(1)) * self.gain.unsqueeze(1)
+        return (target * gate) @ self.left
+
+
+@dataclass(frozen=True)
+class StackedRed:
+    """RED edits, one for each row: `factor` and `shift` are `[b, 1 + u, d]`, those of unit 0 are zero."""
+
+    factor: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> StackedRed:
+        """As `StackedLowRank.of`."""
+        units = max(len(m.intervention.scale) for m in members)
+        features = members[0].intervention.scale.shape[1]
+        factor = torch.zeros(
+            len(members) + 1, 1 + units, features, dtype=dtype, device=members[0].intervention.scale.device
+        )
+        shift = torch.zeros_like(factor)
+        for i, member in enumerate(members):
+            own, gain = member.intervention, member.strength
+            factor[i, 1 : 1 + len(own.scale)] = gain * (own.scale.to(dtype) - 1)
+            shift[i, 1 : 1 + len(own.bias)] = gain * own.bias.to(dtype)
+        rows = rows.to(factor.device)
+        return cls(factor[rows], shift[rows])
+
+    def __call__(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        unit = codes.long().unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return self.factor.gather(1, unit) * hidden + self.shift.gather(1, unit)
+
+
+def stack(members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> Stacked:
+    """The edits of rows that have different interventions, in one pass.
+
+    Args:
+        members: the distinct ones, all low-rank or all RED, of one width.
+        rows: int64 `[b]`, the member of each row, -1 for rows that none edits.
+        dtype: in which the edit is computed.
+    """
+    kind = StackedLowRank if isinstance(members[0].intervention, LowRankIntervention) else StackedRed
+    return kind.of(members, rows, dtype)
+
+
+def family(intervention: Intervention) -> type:
+    """Interventions of one family can be stacked."""
+    return next(kind for kind in (LowRankIntervention, RedIntervention) if isinstance(intervention, kind))
+
+
+def _alike(members: Sequence[Member]) -> list[list[int]]:
+    """Indices of the members, grouped so that the parameters of a group can be stacked without padding."""
+    groups: dict[tuple, list[int]] = {}
+    for i, member in enumerate(members):
+        own = member.intervention
+        groups.setdefault((type(own), own.projection.shape, own.affine), []).append(i)
+    return list(groups.values())
+
+
+def _factors(interventions: Sequence[LowRankIntervention], dtype: torch.dtype) -> Factors:
+    """The normal forms of interventions that are alike, with the units' coordinates on one axis: `[n, u * r, d]`."""
+    first = interventions[0]
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([getattr(i, name) for i in interventions]).to(dtype)
+
+    weight = stacked("weight") if first.learned else None
+    factors = first.factors_of(stacked("projection"), weight, stacked("bias"), first.affine)
+    return Factors(*(None if factor is None else factor.flatten(1, 2) for factor in factors))
+
+
+def _gain(members: Sequence[Member]) -> torch.Tensor:
+    """Factor of each column of members that are alike, float32 `[n, u * r]`."""
+    units, rank, _ = members[0].intervention.projection.shape
+    everything = torch.ones(rank)
+    coordinates = torch.stack([everything if m.coordinates is None else m.coordinates.cpu() for m in members])
+    return torch.tensor([m.strength for m in members])[:, None] * coordinates.repeat(1, units)
+
+
+def _unit_of_column(intervention: LowRankIntervention) -> torch.Tensor:
+    units, rank, _ = intervention.projection.shape
+    return torch.arange(1, units + 1, dtype=torch.int8).repeat_interleave(rank)
+
+
+def _activations(members: Sequence[Member], rows: torch.Tensor) -> tuple:
+    by_name: dict[str, list[int]] = {}
+    for i, member in enumerate(members):
+        if not member.intervention.affine:
+            by_name.setdefault(member.intervention.act_name, []).append(i)
+    return tuple(
+        (members[indices[0]].intervention.act_fn, torch.isin(rows, torch.tensor(indices, device=rows.device)))
+        for indices in by_name.values()
+    )
