@@ -68,6 +68,29 @@ def loreft(h: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torc
     return h + rows.T @ (weight @ h + bias - rows @ h)
 
 
+def edited(method: str, h: torch.Tensor, params: dict[str, torch.Tensor], act=lambda x: x) -> torch.Tensor:
+    """One hidden representation [d] behind the edit of one unit, for each method as its paper (or pyreft) writes it.
+
+    `params`: `projection` [r, d], `weight` [r, d] and `bias` [r], those that the method has; `scale` and `bias` [d] for
+    RED. R is the orthonormalized projection, P the projection itself.
+    """
+    if method == "red":
+        return torch.stack([g * x + b for g, x, b in zip(params["scale"], h, params["bias"], strict=True)])
+    projection, bias = params["projection"], params["bias"]
+    rows = projection if method.startswith("no") else gram_schmidt(projection)
+    coordinates = {
+        "loreft": lambda: act(params["weight"] @ h + bias) - rows @ h,
+        "noreft": lambda: act(params["weight"] @ h + bias) - rows @ h,
+        "direft": lambda: act(params["weight"] @ h + bias),
+        "nodireft": lambda: act(params["weight"] @ h + bias),
+        "consreft": lambda: bias - rows @ h,
+        "lobireft": lambda: bias,
+    }[method]()
+    for coordinate, row in zip(coordinates, rows, strict=True):
+        h = h + coordinate * row
+    return h
+
+
 def edit_sequence(
     hidden: torch.Tensor, spec: str, roles: str, shared: bool, params: dict[str, torch.Tensor], start: int = 0
 ) -> torch.Tensor:

@@ -7,23 +7,27 @@ import pickle
 
 import pytest
 import torch
-from reference import gram_schmidt, loreft
+from reference import edited, gram_schmidt
 
-from peft_reft.interventions import LoreftIntervention, orthonormal_rows
+from peft_reft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, orthonormal_rows
 
 FEATURES, RANK = 24, 4
 
 
-def make(units: int = 1, dtype: torch.dtype = torch.float64, **options) -> LoreftIntervention:
-    return LoreftIntervention(FEATURES, RANK, units=units, **{"init_weights": False, **options}).to(dtype)
+def make(
+    units: int = 1, dtype: torch.dtype = torch.float64, method: str = "loreft", rank: int = RANK, **options
+) -> Intervention:
+    return INTERVENTIONS[method](FEATURES, rank, units=units, **{"init_weights": False, **options}).to(dtype)
 
 
-def by_loops(intervention: LoreftIntervention, hidden: torch.Tensor, units: list[int | None]) -> torch.Tensor:
+def by_loops(
+    intervention: Intervention, hidden: torch.Tensor, units: list[int | None], method: str = "loreft", act=None
+) -> torch.Tensor:
     rows = []
     for h, unit in zip(hidden, units, strict=True):
         if unit is not None:
-            rows_of_unit = gram_schmidt(intervention.projection[unit])
-            h = loreft(h, rows_of_unit, intervention.weight[unit], intervention.bias[unit])
+            params = {name: parameter[unit].to(h.dtype) for name, parameter in intervention.named_parameters()}
+            h = edited(method, h, params, *([act] if act else []))
         rows.append(h)
     return torch.stack(rows)
 
@@ -32,15 +36,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
-@pytest.mark.parametrize("units", [1, 3])
-def test_values_and_gradients_equal_equation_2(units, dtype, tolerance):
-    intervention = make(units, dtype)
+def assert_equal_to_loops(method, units, dtype, tolerance, act_fn=None, parameters: torch.dtype | None = None):
+    """Values, and gradients of the representations and of every parameter (kept in `parameters`, or in `dtype`)."""
+    intervention = make(units, parameters or dtype, method, act_fn=act_fn)
     hidden = torch.randn(7, FEATURES, dtype=dtype, requires_grad=True)
     chosen = [None if i == 3 else i % units for i in range(7)]
     gate = torch.tensor([[float(unit == u) for u in range(units)] for unit in chosen], dtype=dtype)
     got = hidden + intervention(hidden, gate)
-    expected = by_loops(intervention, hidden, chosen)
+    expected = by_loops(intervention, hidden, chosen, method, ACTIVATIONS[act_fn])
     assert relative_error(got, expected) < tolerance
 
     probe = torch.randn_like(got)
@@ -51,6 +54,82 @@ def test_values_and_gradients_equal_equation_2(units, dtype, tolerance):
         strict=True,
     ):
         assert relative_error(mine, theirs) < tolerance
+
+
+ACTIVATIONS = {None: None, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "tanh": torch.tanh, "linear": None}
+PRECISIONS = {"f32": (torch.float32, 1e-5), "f64": (torch.float64, 1e-10)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("method", INTERVENTIONS)
+def test_values_and_gradients_equal_the_equation(method, units, precision):
+    dtype, tolerance = PRECISIONS[precision]
+    assert_equal_to_loops(method, units, dtype, tolerance)
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "gelu", "tanh", "linear"])
+@pytest.mark.parametrize("method", ["loreft", "noreft", "direft", "nodireft"])
+def test_values_and_gradients_with_an_activation_on_the_learned_projection(method, act_fn):
+    assert_equal_to_loops(method, 2, torch.float64, 1e-10, act_fn)
+
+
+@pytest.mark.parametrize("method", INTERVENTIONS)
+def test_bfloat16_parameters_are_used_in_the_precision_of_the_edit(method):
+    # Gradients of the parameters are rounded to bfloat16 on both sides.
+    assert_equal_to_loops(method, 2, torch.float32, 8e-3, parameters=torch.bfloat16)
+    intervention = make(2, torch.bfloat16, method)
+    hidden = torch.randn(5, FEATURES)
+    gate = torch.eye(2)[[0, 1, 0, 1, 1]]
+    expected = by_loops(intervention, hidden, [0, 1, 0, 1, 1], method)
+    assert relative_error(hidden + intervention(hidden, gate), expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", INTERVENTIONS)
+@pytest.mark.parametrize("strength", [0.5, -2.0])
+def test_the_strength_scales_the_edit(method, strength):
+    intervention = make(method=method)
+    hidden = torch.randn(5, FEATURES, dtype=torch.float64)
+    expected = strength * (by_loops(intervention, hidden, [0] * 5, method) - hidden)
+    torch.testing.assert_close(intervention(hidden, strength=strength), expected)
+
+
+@pytest.mark.parametrize("act_fn", [None, "relu"])
+@pytest.mark.parametrize("method", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"])
+def test_switched_off_coordinates_are_not_edited(method, act_fn):
+    if act_fn and not INTERVENTIONS[method].takes_act_fn:
+        act_fn = None
+    intervention = make(2, method=method, act_fn=act_fn)
+    hidden = torch.randn(4, FEATURES, dtype=torch.float64)
+    units = [0, 1, 1, 0]
+    gate = torch.eye(2, dtype=torch.float64)[units]
+    on = torch.tensor([1.0, 0, 1, 0], dtype=torch.float64)
+    whole = by_loops(intervention, hidden, units, method, ACTIVATIONS[act_fn]) - hidden
+    # The coordinates of the whole edit along each direction, those that are on put together again.
+    for h, unit, got, edit in zip(hidden, units, intervention(hidden, gate, on), whole, strict=True):
+        projection = intervention.projection[unit]
+        rows = projection if method.startswith("no") else gram_schmidt(projection)
+        coordinates = torch.linalg.lstsq(rows.T, edit).solution
+        torch.testing.assert_close(got, (coordinates * on) @ rows, msg=lambda m, h=h: f"{m}\n{h}")
+
+
+def test_each_row_has_coordinates_of_its_own():
+    intervention = make()
+    hidden = torch.randn(2, 3, FEATURES, dtype=torch.float64)
+    on = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    got = intervention(hidden, coordinates=on[:, None])
+    for row in range(2):
+        torch.testing.assert_close(got[row], intervention(hidden[row], coordinates=on[row]))
+
+
+def test_rows_that_no_representation_uses_are_not_trained():
+    intervention = make()
+    hidden = torch.randn(5, FEATURES, dtype=torch.float64)
+    on = torch.tensor([0.0, 0, 1, 1], dtype=torch.float64)
+    intervention(hidden, coordinates=on).square().sum().backward()
+    for parameter in intervention.parameters():
+        assert not parameter.grad[:, :2].any()
+        assert parameter.grad[:, 2:].any()
 
 
 def test_without_a_gate_the_only_unit_edits_everything():
@@ -72,20 +151,27 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(edit, (hidden, *parameters))
 
 
-@pytest.mark.parametrize("act_fn", ["relu", "gelu", "tanh"])
-def test_activation_on_the_learned_projection(act_fn):
-    intervention = make(act_fn=act_fn)
-    activation = {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "tanh": torch.tanh}[act_fn]
-    h = torch.randn(FEATURES, dtype=torch.float64)
-    rows = gram_schmidt(intervention.projection[0])
-    expected = rows.T @ (activation(intervention.weight[0] @ h + intervention.bias[0]) - rows @ h)
-    torch.testing.assert_close(intervention(h[None])[0], expected)
-
-
-def test_a_fresh_intervention_is_the_identity_exactly():
-    intervention = LoreftIntervention(FEATURES, RANK, units=2)
+@pytest.mark.parametrize("method", sorted(set(INTERVENTIONS) - {"consreft"}))
+def test_a_fresh_intervention_is_the_identity_exactly(method):
+    intervention = INTERVENTIONS[method](FEATURES, RANK, units=2)
     hidden = 100 * torch.randn(9, FEATURES)
     assert torch.equal(hidden + intervention(hidden, torch.ones(9, 2)), hidden)
+
+
+def test_a_fresh_constant_takes_the_subspace_out():
+    intervention = INTERVENTIONS["consreft"](FEATURES, RANK)
+    hidden = torch.randn(9, FEATURES)
+    new = hidden + intervention(hidden)
+    rows = gram_schmidt(intervention.projection[0])
+    torch.testing.assert_close(new @ rows.T, torch.zeros(9, RANK), atol=1e-5, rtol=0)
+    torch.testing.assert_close(new, hidden - hidden @ rows.T @ rows, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", INTERVENTIONS)
+def test_a_fresh_intervention_can_learn(method):
+    intervention = INTERVENTIONS[method](FEATURES, RANK)
+    (torch.randn(9, FEATURES) + intervention(torch.randn(9, FEATURES))).square().sum().backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in intervention.parameters())
 
 
 def test_pyreft_initialization_draws_w_and_b_as_nn_linear_does():
