@@ -109,13 +109,14 @@ class SteeringMixin:
         Raises:
             ValueError: no such adapter or layer, or directions that cannot span the adapter's subspace.
         """
+        places = self._layers_with(adapter)
         chosen = {layer: self._layer(adapter, layer) for layer in directions}
         for key, layer in chosen.items():
             _check_directions(self._low_rank(adapter, layer).projection, directions[key], key)
         for key, layer in chosen.items():
             _set_projection(layer.reft_intervention[adapter], directions[key])
         self.peft_config[adapter].freeze_subspace = not trainable
-        for layer in self._layers_with(adapter):
+        for layer in places:
             layer.reft_settings[adapter].freeze_subspace = not trainable
             intervention = self._low_rank(adapter, layer)
             intervention.projection.requires_grad_(trainable and intervention.bias.requires_grad)

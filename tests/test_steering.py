@@ -1,0 +1,462 @@
+"""Strength, subspaces, directions and edit norms: the same handle that finetunes also interprets and steers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from adapters import IDS, generated, logits, reft
+from peft import PeftModel, get_peft_model
+from reference import edited, gram_schmidt
+
+from peft_reft import ReftConfig, ReftLayer, directions_from_pairs, edit_norms
+
+BLOCKS = "base_model.model.model.layers"
+
+
+def wrap(base=None, **settings) -> PeftModel:
+    base = tiny.llama() if base is None else base
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return get_peft_model(base, reft(**settings)).eval()
+
+
+def interventions(model, adapter="default") -> dict[int, torch.nn.Module]:
+    layers = (module for module in model.modules() if isinstance(module, ReftLayer))
+    return {layer.index: layer.reft_intervention[adapter] for layer in layers if adapter in layer.reft_intervention}
+
+
+@torch.no_grad()
+def states(model, ids=IDS, **kwargs) -> list[torch.Tensor]:
+    """What each block puts out."""
+    seen = []
+    handles = [
+        block.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        for block in model.get_base_model().model.layers
+    ]
+    model(input_ids=ids, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def base_states(model, ids=IDS) -> list[torch.Tensor]:
+    with model.disable_adapter():
+        return states(model, ids)
+
+
+# Strength
+
+
+def test_strength_zero_is_the_base_model_bit_for_bit():
+    model = wrap(dropout=0.5)
+    with model.disable_adapter():
+        expected, tokens = logits(model), generated(model)
+    model.set_strength("default", 0)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(generated(model), tokens)
+    model.train()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("strength", [-2.0, 0.5, 3.0])
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_strength_scales_the_edit_of_a_layer(strength, positions):
+    model = wrap(positions=positions, layers_to_transform=[1])
+    base, whole = base_states(model)[1], states(model)[1]
+    with model.strength("default", strength):
+        scaled = states(model)[1]
+    torch.testing.assert_close(scaled - base, strength * (whole - base), atol=1e-5, rtol=1e-5)
+
+
+def test_strength_is_set_for_one_adapter_and_back_again_after_the_block():
+    model = wrap()
+    model.add_adapter("other", reft(layers_to_transform=[0]))
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    model.base_model.set_adapter("default")
+    alone = logits(model)
+    model.base_model.set_adapter(["default", "other"])
+    with model.strength("other", 0):
+        torch.testing.assert_close(logits(model), alone)
+    assert torch.equal(logits(model), both)
+    with pytest.raises(RuntimeError), model.strength("other", 0):
+        raise RuntimeError
+    assert torch.equal(logits(model), both)
+
+
+def test_an_unknown_adapter_is_named():
+    model = wrap()
+    for call in (
+        lambda: model.set_strength("nobody", 1),
+        lambda: model.subspace("nobody", 0),
+        lambda: model.set_subspaces("nobody", None),
+        lambda: model.set_directions("nobody", {}),
+    ):
+        with pytest.raises(ValueError, match=r"no ReFT adapter 'nobody'; the model has \['default'\]"):
+            call()
+
+
+# Subspaces
+
+
+def test_subspace_returns_the_orthonormal_rows():
+    model = wrap()
+    for layer in range(tiny.LAYERS):
+        rows = model.subspace("default", layer)
+        expected = gram_schmidt(interventions(model)[layer].projection[0].double())
+        torch.testing.assert_close(rows.double(), expected, atol=1e-6, rtol=0)
+        assert torch.equal(model.subspace("default", f"layers.{layer}"), rows)
+
+
+def test_subspace_of_unshared_weights_has_one_for_each_word():
+    assert wrap(share_weights=False).subspace("default", 0).shape == (2, 4, tiny.HIDDEN)
+
+
+def test_subspace_asks_for_a_name_where_a_number_is_not_enough():
+    model = wrap(component=["attention_output", "mlp_output"])
+    with pytest.raises(ValueError, match=r"several places .* 'model.layers.1.self_attn.o_proj', 'model.layers.1.mlp"):
+        model.subspace("default", 1)
+    assert model.subspace("default", "layers.1.mlp.down_proj").shape == (4, tiny.HIDDEN)
+    with pytest.raises(ValueError, match="Layer 7 is not edited"):
+        model.subspace("default", 7)
+
+
+def test_red_has_no_subspace():
+    with pytest.raises(ValueError, match="edits every coordinate, not a subspace"):
+        wrap(intervention="red").subspace("default", 0)
+
+
+GROUPS = {"style": 1, "task": 3}
+
+
+def test_the_edits_of_all_groups_add_up_to_the_whole():
+    model = wrap(subspaces=GROUPS, positions="all", layers_to_transform=[1])
+    base, whole = base_states(model)[1], states(model)[1]
+    parts = []
+    for names in GROUPS:
+        with model.only_subspaces("default", names):
+            parts.append(states(model)[1] - base)
+            rows = model.subspace("default", 1)
+            outside = rows[1:] if names == "style" else rows[:1]
+            torch.testing.assert_close(parts[-1] @ outside.T, torch.zeros(2, 8, len(outside)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sum(parts), whole - base, atol=1e-5, rtol=1e-5)
+    assert torch.equal(states(model)[1], whole)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "c2"])
+@pytest.mark.parametrize("share_weights", [True, False])
+def test_each_row_edits_the_subspaces_that_it_asks_for(positions, share_weights):
+    model = wrap(subspaces=GROUPS, positions=positions, share_weights=share_weights)
+    ids = torch.randint(3, tiny.VOCAB, (4, 9))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    asked = [["style"], ["task", "style"], [], "task"]
+    got = logits(model, ids, labels=labels, subspaces=asked)
+    tokens = generated(model, ids, subspaces=asked)
+    for row, names in enumerate(asked):
+        with model.only_subspaces("default", names):
+            torch.testing.assert_close(got[row], logits(model, ids[row : row + 1], labels=labels[row : row + 1])[0])
+            assert torch.equal(tokens[row], generated(model, ids[row : row + 1])[0])
+
+
+def test_rows_of_a_training_batch_train_only_their_subspaces():
+    model = wrap(subspaces=GROUPS, positions="all").train()
+    model(input_ids=IDS, labels=IDS, subspaces=[["task"], []]).loss.backward()
+    for intervention in interventions(model).values():
+        for parameter in intervention.parameters():
+            assert not parameter.grad[:, 0].any()
+            assert parameter.grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_rows_keep_their_subspaces(reentrant):
+    def gradients(checkpoint: bool):
+        model = wrap(subspaces=GROUPS, positions="all").train()
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        loss = model(input_ids=IDS, labels=IDS, subspaces=[["task"], ["style"]]).loss
+        model(input_ids=IDS, labels=IDS)
+        loss.backward()
+        return [p.grad for i in interventions(model).values() for p in i.parameters()]
+
+    for got, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def train(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def test_training_a_later_subspace_leaves_an_earlier_one_as_it_is():
+    model = wrap(subspaces=GROUPS, positions="all")
+    with model.only_subspaces("default", "style"):
+        before = logits(model)
+    rows = model.subspace("default", 1)
+    model.set_subspaces("default", "task")
+    train(model)
+    with model.only_subspaces("default", "style"):
+        assert torch.equal(logits(model), before)
+    assert not torch.equal(model.subspace("default", 1)[1:], rows[1:])
+
+
+def test_all_subspaces_train_together_by_default():
+    model = wrap(subspaces=GROUPS, positions="all")
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    train(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter != before[name]).flatten(1).any(-1).all()
+
+
+def test_subspaces_are_saved_with_the_adapter(tmp_path):
+    model = wrap(subspaces=GROUPS)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["subspaces"] == GROUPS
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    for names in ("style", "task", None):
+        model.set_subspaces("default", names)
+        loaded.set_subspaces("default", names)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([["style"]], "Length of `subspaces` should be the same as the number of inputs, but got 1 and 2"),
+        ([["style"], ["other"]], r"Unknown subspace\(s\) other; the adapters have \['style', 'task'\]"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_refused(asked, message):
+    model = wrap(subspaces=GROUPS)
+    expected = logits(model)
+    for call in (logits, generated):
+        with pytest.raises(ValueError, match=message):
+            call(model, subspaces=asked)
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_unknown_subspace_is_refused():
+    with pytest.raises(ValueError, match=r"has no subspace 'other'; it has \['style', 'task'\]"):
+        wrap(subspaces=GROUPS).set_subspaces("default", ["other"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"subspaces": {"a": 3, "b": 3}}, "have 6 dimensions in all, but r=4"),
+        ({"subspaces": {"a": 4, "b": 0}}, "must map names to positive integers"),
+        ({"subspaces": ["a"]}, "must map names to positive integers"),
+        ({"subspaces": {"a": 4}, "intervention": "red"}, "'red' edits every coordinate on its own"),
+        ({"freeze_subspace": True, "intervention": "red"}, "'red' edits every coordinate on its own"),
+        ({"freeze_subspace": "yes"}, "freeze_subspace must be True or False"),
+        ({"act_fn": "relu", "intervention": "consreft"}, "'consreft' has no learned projection"),
+        ({"act_fn": "prelu"}, "has parameters of its own"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ReftConfig(**{"r": 4} | settings)
+
+
+# Directions
+
+
+def test_directions_become_the_subspace_and_change_nothing_yet():
+    model = wrap(r=2, positions="all")
+    with model.disable_adapter():
+        expected = logits(model)
+    directions = torch.randn(2, tiny.HIDDEN)
+    model.set_directions("default", dict.fromkeys(range(tiny.LAYERS), directions))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.subspace("default", 1), gram_schmidt(directions), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_frozen_subspace_stays_through_training_saving_and_more_training(trainable, tmp_path):
+    model = wrap(r=2, positions="all")
+    directions = torch.randn(2, tiny.HIDDEN)
+    model.set_directions("default", dict.fromkeys(range(tiny.LAYERS), directions), trainable=trainable)
+    before = logits(model)
+    train(model)
+    assert not torch.equal(logits(model), before)
+    assert torch.equal(interventions(model)[1].projection[0], directions) != trainable
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=True)
+    # Switching adapters makes the active one trainable.
+    loaded.add_adapter("other", reft())
+    loaded.set_adapter("other")
+    loaded.set_adapter("default")
+    train(loaded)
+    assert not torch.equal(logits(loaded), logits(model))
+    assert torch.equal(interventions(loaded)[1].projection[0], directions) != trainable
+
+
+def test_directions_of_a_constant_edit_are_added_as_they_are():
+    model = wrap(intervention="lobireft", r=2, positions="all")
+    directions = {layer: torch.randn(2, tiny.HIDDEN) for layer in (0, 2)}
+    untouched = {name: p.clone() for name, p in interventions(model)[1].named_parameters()}
+    model.set_directions("default", directions)
+    interventions(model)[1].bias.data.zero_()
+    base, steered = base_states(model), states(model)
+    torch.testing.assert_close(steered[0], base[0] + directions[0].sum(0), atol=1e-5, rtol=1e-5)
+    assert torch.equal(interventions(model)[1].projection, untouched["projection"])
+    with model.strength("default", -1.5):
+        torch.testing.assert_close(states(model)[0], base[0] - 1.5 * directions[0].sum(0), atol=1e-5, rtol=1e-5)
+
+
+def test_directions_of_a_constant_replacement_are_taken_out():
+    model = wrap(intervention="consreft", r=1, positions="all", layers_to_transform=[2])
+    direction = torch.randn(tiny.HIDDEN)
+    model.set_directions("default", {2: direction})
+    unit = direction / direction.norm()
+    base = base_states(model)[2]
+    torch.testing.assert_close(states(model)[2], base - (base @ unit)[..., None] * unit, atol=1e-5, rtol=1e-5)
+
+
+def test_directions_may_differ_between_the_words_of_positions():
+    model = wrap(intervention="lobireft", r=1, positions="f1+l1", share_weights=False, layers_to_transform=[0])
+    directions = torch.randn(2, 1, tiny.HIDDEN)
+    model.set_directions("default", {0: directions})
+    edit = states(model)[0] - base_states(model)[0]
+    torch.testing.assert_close(edit[0, 0], directions[0, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(edit[0, -1], directions[1, 0], atol=1e-5, rtol=1e-5)
+    assert not edit[:, 1:-1].any()
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        (
+            {0: torch.ones(3, tiny.HIDDEN)},
+            r"directions of layer 0 are \(3, 32\), but the adapter's subspace .* \(2, 32\)",
+        ),
+        ({1: torch.ones(2, tiny.HIDDEN)}, "directions of layer 1 are not finite, or not linearly independent"),
+        ({1: torch.full((2, tiny.HIDDEN), float("nan"))}, "not finite"),
+        ({9: torch.randn(2, tiny.HIDDEN)}, "Layer 9 is not edited"),
+    ],
+)
+def test_directions_that_span_no_subspace_are_refused_before_anything_is_set(directions, message):
+    model = wrap(r=2)
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        model.set_directions("default", {2: torch.randn(2, tiny.HIDDEN)} | directions)
+    assert torch.equal(logits(model), before)
+
+
+class Letters:
+    """A tokenizer: one token a letter."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 50 for letter in text]}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_directions_from_pairs_are_differences_of_means_of_last_tokens(adapter):
+    model = tiny.llama()
+    positive, negative = ["good", "very good indeed", "fine"], ["bad", "awful"] * 10
+    expected = []
+    for layer in (0, 2):
+        means = []
+        for texts in (positive, negative):
+            seen = []
+            handle = model.model.layers[layer].register_forward_hook(
+                lambda m, a, output, s=seen: s.append(output[0, -1])
+            )
+            for text in texts:
+                with torch.no_grad():
+                    model(input_ids=torch.tensor([Letters()(text)["input_ids"]]))
+            handle.remove()
+            means.append(torch.stack(seen).mean(0))
+        expected.append(means[0] - means[1])
+    if adapter:
+        model = wrap(model)
+    got = directions_from_pairs(model, Letters(), positive, negative, layers=[0, -1])
+    assert list(got) == [0, -1]
+    for direction, reference in zip(got.values(), expected, strict=True):
+        assert direction.shape == (1, tiny.HIDDEN)
+        torch.testing.assert_close(direction[0], reference, atol=1e-5, rtol=1e-4)
+    assert not any(block._forward_hooks for block in tiny.llama().model.layers)
+
+
+@pytest.mark.parametrize(
+    ("texts", "layers", "message"),
+    [
+        (([], ["a"]), [0], "Texts of both kinds are needed, got 0 positive and 1 negative"),
+        ((["a"], [""]), [0], "One of the texts has no tokens"),
+        ((["a"], ["b"]), [3], "There is no layer 3: 'model.layers' has 3"),
+    ],
+)
+def test_pairs_that_give_no_direction_are_refused(texts, layers, message):
+    with pytest.raises(ValueError, match=message):
+        directions_from_pairs(tiny.llama(), Letters(), *texts, layers=layers)
+
+
+# Norms
+
+
+@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output"])
+def test_edit_norms_are_relative_to_what_is_edited(component):
+    model = wrap(positions="f1+l2", component=component, layers_to_transform=[1])
+    norms = edit_norms(model, {"input_ids": IDS})
+    assert norms.values.shape == (2, 8, 1)
+    assert not norms.values[:, 1:-2].any()
+
+    seen = []
+    block = model.get_base_model().model.layers[1]
+    with model.disable_adapter(), torch.no_grad():
+        if component == "block_input":
+            handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        else:
+            module = block if component == "block_output" else block.mlp.down_proj
+            handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(input_ids=IDS)
+        handle.remove()
+    params = {name: p[0].detach() for name, p in interventions(model)[1].named_parameters()}
+    for row in range(2):
+        for token in (0, 6, 7):
+            h = seen[0][row, token]
+            expected = (edited("loreft", h, params) - h).norm() / h.norm()
+            torch.testing.assert_close(norms.values[row, token, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_edit_norms_follow_labels_and_leave_no_hooks():
+    model = wrap(positions="l1")
+    labels = IDS.clone()
+    labels[:, :3] = -100
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    norms = edit_norms(model, {"input_ids": IDS, "labels": labels})
+    assert norms.places == tuple(f"model.layers.{i}" for i in range(tiny.LAYERS))
+    assert norms.values[:, 2].all()
+    assert not norms.values[:, [0, 1, 3, 4, 5, 6, 7]].any()
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_edit_norms_of_an_encoder_decoder_model_ask_for_the_stack():
+    model = wrap(tiny.ZOO["t5"].build(), positions="all", task_type="SEQ_2_SEQ_LM")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    with pytest.raises(ValueError, match="both stacks; choose one"):
+        edit_norms(model, inputs)
+    assert edit_norms(model, inputs, stream="encoder").values.shape[:2] == (2, 8)
+    assert edit_norms(model, inputs, stream="decoder").values.shape[:2] == (2, 3)
+
+
+def test_the_heatmap_shows_the_norms_of_one_row():
+    norms = edit_norms(wrap(), {"input_ids": IDS})
+    axes = norms.plot(tokens=list("abcdefgh"), row=1).axes[0]
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array().data), norms.values[1].T)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("abcdefgh")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(norms.places)
+
+
+def test_a_model_without_adapters_has_no_edits():
+    with pytest.raises(ValueError, match="no ReFT adapters"):
+        edit_norms(tiny.llama(), {"input_ids": IDS})
