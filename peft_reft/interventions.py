@@ -6,6 +6,7 @@ Parameters carry the leading axis of units, so that one matrix product serves th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -210,11 +211,10 @@ class LowRankIntervention(Intervention):
         return orthonormal_rows(projection) if cls.orthonormal else projection
 
     @classmethod
-    def factors_of(
-        cls, projection: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor, affine: bool
-    ) -> Factors:
-        """The normal form, from parameters with any number of leading axes; `weight` is None where there is no `W`."""
-        left = cls.rows_of(projection)
+    def factors_of(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
+        """The normal form, from parameters by name, with any number of axes before those of one intervention."""
+        left, bias = cls.rows_of(parameters["projection"]), parameters["bias"]
+        weight = parameters["weight"] if cls.learned else None
         if not affine:
             return Factors(left, weight, bias, left if cls.replaces else None)
         if weight is None:
@@ -234,13 +234,13 @@ class LowRankIntervention(Intervention):
         return self._cache[1]
 
     def _factors(self, dtype: torch.dtype, coordinates: torch.Tensor | None) -> Factors:
-        projection = self.projection
+        parameters = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         if coordinates is not None and torch.is_grad_enabled():
             # Rows that no representation uses stay as they are, although later rows are orthogonalized against them.
+            projection = parameters["projection"]
             used = (coordinates != 0).reshape(-1, projection.shape[1]).any(0)[:, None]
-            projection = torch.where(used, projection, projection.detach())
-        weight = self.weight.to(dtype) if self.learned else None
-        return self.factors_of(projection.to(dtype), weight, self.bias.to(dtype), self.affine)
+            parameters["projection"] = torch.where(used, projection, projection.detach())
+        return self.factors_of(parameters, self.affine)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": None}

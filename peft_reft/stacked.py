@@ -130,8 +130,18 @@ def stack(members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def family(intervention: Intervention) -> type:
-    """Interventions of one family can be stacked."""
-    return next(kind for kind in (LowRankIntervention, RedIntervention) if isinstance(intervention, kind))
+    """Interventions of one family can be stacked.
+
+    Raises:
+        NotImplementedError: for a method that has no stacked form.
+    """
+    for kind in (LowRankIntervention, RedIntervention):
+        if isinstance(intervention, kind):
+            return kind
+    raise NotImplementedError(
+        f"{type(intervention).__name__} cannot edit one of several rows with different adapters: only subclasses of "
+        "LowRankIntervention and RedIntervention can be stacked. Activate adapters with set_adapter."
+    )
 
 
 def _alike(members: Sequence[Member]) -> list[list[int]]:
@@ -146,12 +156,10 @@ def _alike(members: Sequence[Member]) -> list[list[int]]:
 def _factors(interventions: Sequence[LowRankIntervention], dtype: torch.dtype) -> Factors:
     """The normal forms of interventions that are alike, with the units' coordinates on one axis: `[n, u * r, d]`."""
     first = interventions[0]
-
-    def stacked(name: str) -> torch.Tensor:
-        return torch.stack([getattr(i, name) for i in interventions]).to(dtype)
-
-    weight = stacked("weight") if first.learned else None
-    factors = first.factors_of(stacked("projection"), weight, stacked("bias"), first.affine)
+    parameters = {
+        name: torch.stack([getattr(i, name) for i in interventions]).to(dtype) for name, _ in first.named_parameters()
+    }
+    factors = first.factors_of(parameters, first.affine)
     return Factors(*(None if factor is None else factor.flatten(1, 2) for factor in factors))
 
 
