@@ -17,6 +17,16 @@ from peft_reft.components import COMPONENTS
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.registration import ensure_peft_type
 
+_COLLECTIONS = (
+    "layers_to_transform",
+    "layers_pattern",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+    "component",
+)
+
 _CARD_HEADING = "## How to load this ReFT adapter"
 _CARD_TEXT = f"""{_CARD_HEADING}
 
@@ -67,6 +77,9 @@ class ReftConfig(PeftConfig):
             Modules to leave out, matched likewise.
         modules_to_save (`List[str]`):
             Further modules to train and to save with the adapter, such as a classification head.
+        trainable_token_indices (`Union[List[int], Dict[str, List[int]]]`):
+            Tokens whose embedding is trained and saved with the adapter, such as new ones; a dictionary names the
+            embedding. TRL sets it when a chat template brings tokens.
         dropout (`float`):
             Dropout on the edited representations, in training.
         act_fn (`str`):
@@ -123,6 +136,9 @@ class ReftConfig(PeftConfig):
         default=None,
         metadata={"help": "Further modules to train and save with the adapter, such as a classification head."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embedding is trained and saved with the adapter."}
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited representations, in training."})
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation on W h + b, a name from Transformers' ACT2FN."}
@@ -144,14 +160,7 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ensure_peft_type()
-        for name in (
-            "layers_to_transform",
-            "layers_pattern",
-            "target_modules",
-            "exclude_modules",
-            "modules_to_save",
-            "component",
-        ):
+        for name in _COLLECTIONS:
             setattr(self, name, _as_list(getattr(self, name)))
         self._check_names()
         self._check_numbers()
@@ -184,6 +193,12 @@ class ReftConfig(PeftConfig):
                 raise ValueError(f"{name} must be a string or a list of strings, got {value!r}.")
         if not (self.modules_to_save is None or _are_names(self.modules_to_save)):
             raise ValueError(f"modules_to_save must be a list of strings, got {self.modules_to_save!r}.")
+        tokens = self.trainable_token_indices
+        named = tokens if isinstance(tokens, dict) else {"": tokens}
+        if tokens is not None and not (_are_names([*named]) and all(map(_are_integers, named.values()))):
+            raise ValueError(
+                f"trainable_token_indices must be a list of integers, or a dictionary of such lists, got {tokens!r}."
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             try:
@@ -287,6 +302,10 @@ def _are_names(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
 
 
 def _is_peft_card(folder: Path) -> bool:
