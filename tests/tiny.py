@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, HIDDEN, LAYERS, PAD, EOS, BOS = 64, 32, 3, 0, 2, 1
 IMAGE_TOKEN = 5
@@ -34,6 +35,32 @@ _LLAMA = _BERT | {"num_key_value_heads": 2}
 
 def llama(**overrides) -> LlamaForCausalLM:
     return build(LlamaForCausalLM, LlamaConfig(**_LLAMA | overrides))
+
+
+# Marks the assistant's words, end of turn included, for TRL's assistant_only_loss.
+_CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<assistant> "
+    "{% generation %}{{ message['content'] }} </s>{% endgeneration %}"
+    "{% else %}<user> {{ message['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w6` to `w63`, each of them a token of that number, and a chat template."""
+    special = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<unk>"]
+    words = {word: number for number, word in enumerate(special + [f"w{n}" for n in range(len(special), VOCAB)])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=["<user>", "<assistant>"],
+        chat_template=_CHAT,
+    )
 
 
 class Tiny(NamedTuple):
