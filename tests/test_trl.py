@@ -277,17 +277,14 @@ def test_sft_learns_with_the_adapter_alone(name, tmp_path):
 def test_what_sft_teaches_is_what_generate_answers(tmp_path):
     rows = [{"prompt": user(words), "completion": assistant("w40")} for words in WORDS]
     config = reft(positions="l1+c1", r=8, share_weights=False, init_weights=True)
-    trainer = sft(rows, tmp_path, config=config, max_steps=40)
+    trainer = sft(rows, tmp_path, config=config, max_steps=100, learning_rate=3e-2)
     trainer.train()
     model = trainer.model.eval()
-    batch = TOKENIZER.apply_chat_template(
-        [row["prompt"] for row in rows],
-        add_generation_prompt=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
-    )
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.padding_side = "left"
+    prompts = [row["prompt"] for row in rows]
+    options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+    batch = tokenizer.apply_chat_template(prompts, **options)
 
     def answers():
         new = model.generate(**batch, max_new_tokens=2, do_sample=False)[:, -2:]
@@ -316,16 +313,19 @@ def test_the_ways_of_batching_give_the_same_gradients(name, tmp_path):
     # One packed row has room for all sequences: shuffled rows of two would make other batches.
     settings = settings | ({"max_length": 64} if name == "packing" else {})
 
-    def grads(**settings):
+    def grads(config, **settings):
         torch.manual_seed(5)
-        return first_gradients(sft, rows, tmp_path, config=reft(), **settings)
+        return first_gradients(sft, rows, tmp_path, config=config(), **settings)
 
-    assert_close(grads(**settings), grads())
+    # Transformers before 5.19 divides TRL's loss by the accumulation steps once too often, whatever the adapter is.
+    name, with_lora = next(iter(grads(lora).items()))
+    scale = (grads(lora, **settings)[name].norm() / with_lora.norm()).item()
+    assert_close(grads(reft, **settings), {n: scale * grad for n, grad in grads(reft).items()})
 
 
 def _offloading_from_the_cpu(model):
     """TRL's hooks, told that the CPU is an accelerator; they know no CPU otherwise."""
-    with mock.patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("cpu")):
+    with mock.patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cpu")):
         return get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False, min_offload_size=1)
 
 
