@@ -148,7 +148,7 @@ def load_data(
 
 @torch.no_grad()
 def answer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], max_new_tokens: int = 40
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], max_new_tokens: int = 32
 ) -> str:
     """The model's greedy answer to a conversation, cut off where it is long."""
     model.eval()
@@ -160,7 +160,7 @@ def answer(
 
 
 def answers_before_and_after(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Any], max_new_tokens: int = 40
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Any], max_new_tokens: int = 32
 ) -> list[tuple[str, str]]:
     """For each conversation the answer of the base model, and that with the adapter."""
     pairs = []

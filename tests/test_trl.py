@@ -5,9 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import runpy
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -595,6 +600,18 @@ def test_a_loaded_adapter_is_its_own_reference(kind, checkpointing, tmp_path):
         assert history(trainer)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
+def test_a_resumed_run_keeps_the_reference_of_a_loaded_adapter(tmp_path):
+    model = loaded(tmp_path / "start")
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    whole = dpo(tmp_path / "whole", model=model, **settings)
+    whole.train()
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path / "start", is_trainable=True)
+    resumed = dpo(tmp_path / "resumed", model=again, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert history(resumed) == pytest.approx(history(whole), rel=1e-5)
+    assert_close(state(again), state(model))
+
+
 def test_kto_learns_against_the_base_model(tmp_path):
     trainer = build(KTOTrainer, KTOConfig, LABELED, tmp_path, config=reft(init_weights=True), max_steps=20)
     before = state(trainer.model)
@@ -726,6 +743,53 @@ def test_grpo_trains_on_the_log_probabilities_that_it_generated_with(spec, tmp_p
     for ids, mask, got in trained_on:
         expected = generated_with[tuple(ids[mask == 1].tolist())]
         torch.testing.assert_close(got[: len(expected)], expected, **NOISE)
+
+
+# Example scripts
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = {
+    "sft": r"Exactly the answer of the data: base model \d, with adapter (\d) of 8",
+    "dpo": r"Held-out pairs: reward margin (-?[\d.]+) \(base model 0.00\), positive in \d+%",
+    "reward": r"Held-out pairs in which the chosen answer scores higher: \d+% before, (\d+)% after",
+    "grpo": r"Mean reward on held-out prompts: base model [\d.]+, with adapter ([\d.]+)",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_takes_flags_and_trains_the_model_that_it_is_told(name, tmp_path, monkeypatch, capsys):
+    tiny.llama(max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    flags = {"model_name_or_path": tmp_path / "base", "output_dir": tmp_path / "out", "max_steps": 1}
+    flags |= {"reft_r": 3, "reft_positions": "f1+l1", "reft_share_weights": False, "reft_layers": 1}
+    line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+    monkeypatch.setattr("sys.argv", [name, *line])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert re.search(SCRIPTS[name], capsys.readouterr().out)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = {"r": 3, "positions": "f1+l1", "share_weights": False, "layers_to_transform": [1]}
+    assert {key: config[key] for key in expected} == expected
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+# What the last line has to say at least.
+BAR = {"sft": 4, "dpo": 0.5, "reward": 100, "grpo": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_teaches_the_bundled_model(name, tmp_path):
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", "--output_dir", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.search(SCRIPTS[name], run.stdout.splitlines()[-1])
+    assert float(found[1]) >= BAR[name], run.stdout
 
 
 # vLLM

@@ -1,0 +1,118 @@
+"""A reward model with TRL's RewardTrainer: LoReFT and a new score head learn which of two answers is better.
+
+    python examples/reward.py                                   # the bundled model and data, offline
+    python examples/reward.py --reft_positions l1 --reft_r 16   # RewardConfig's and ReFT's flags
+    python examples/reward.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/ultrafeedback_binarized
+
+The head is trained whole and saved with the adapter (modules_to_save); a classifier has no answer to keep apart, so the
+whole conversation counts as prompt. All flags: --help.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import torch
+from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config
+from trl import RewardConfig, RewardTrainer, ScriptArguments, get_quantization_config
+
+TOPICS = {
+    "train": ["my printer", "the invoice", "my password", "the new update", "my order", "the heating", "this form"],
+    "test": ["my phone", "the ticket", "the door lock", "my account"],
+}
+FRIENDLY = {
+    "train": [
+        "Of course, I will gladly help you with {}.",
+        "Thank you for asking about {}, here is what to do.",
+        "I am sorry about the trouble with {}, let me fix it right away.",
+    ],
+    "test": [
+        "It is my pleasure to look into {} together with you.",
+        "Good that you wrote to us, {} will soon be fine.",
+    ],
+}
+RUDE = {
+    "train": [
+        "Not again, go and bother someone else with {}.",
+        "Why should I care about {}, just read the manual.",
+        "Only a fool would have trouble with {}, so think harder yourself.",
+    ],
+    "test": ["Stop wasting my time with {}, you are a hopeless case.", "Honestly, {} is your own fault and I am busy."],
+}
+
+
+def preferences(split: str) -> Iterator[dict]:
+    """Friendly answers are better than rude ones; the test's topics and phrases are not in training."""
+    for topic, (friendly, rude) in itertools.product(TOPICS[split], zip(FRIENDLY[split], RUDE[split], strict=True)):
+        yield {
+            "prompt": [{"role": "user", "content": f"I need help with {topic}."}],
+            "chosen": [{"role": "assistant", "content": friendly.format(topic.replace("my", "your"))}],
+            "rejected": [{"role": "assistant", "content": rude.format(topic.replace("my", "your"))}],
+        }
+
+
+@torch.no_grad()
+def score(trainer: RewardTrainer, row: dict) -> tuple[float, float]:
+    """The rewards of the chosen and the rejected answer of one conversation."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    rewards = []
+    for name in ("chosen", "rejected"):
+        messages = row.get("prompt", []) + row[name]
+        inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(model.device)
+        rewards.append(model(**inputs).logits.item())
+    return rewards[0], rewards[1]
+
+
+def main() -> None:
+    script_args, training_args, model_args = parse(
+        ScriptArguments,
+        RewardConfig,
+        ModelArguments,
+        output_dir="outputs/reward",
+        reft_task_type="SEQ_CLS",
+        reft_modules_to_save=["score"],
+        learning_rate=1e-3,
+        num_train_epochs=1.0,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        gradient_checkpointing=False,
+    )
+    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
+    train, test = load_data(script_args, preferences("train"), preferences("test"))
+
+    begin = time.perf_counter()
+    trainer = RewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=reft_config(model_args),
+    )
+    trainer.model.print_trainable_parameters()
+    rows = list((train if test is None else test).take(2))
+    before, scores = [score(trainer, row) for row in rows], trainer.evaluate() if test is not None else {}
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+
+    print("\nReward before -> after")
+    for row, old in zip(rows, before, strict=True):
+        new = score(trainer, row)
+        print(f"> {row.get('prompt', row['chosen'])[0]['content']}")
+        for name, first, last in zip(("chosen", "rejected"), old, new, strict=True):
+            print(f"  {first:7.2f} -> {last:6.2f}  {row[name][-1]['content'][:76]}")
+    if test is not None:
+        now = trainer.evaluate()
+        print(
+            f"\nHeld-out pairs in which the chosen answer scores higher: {scores['eval_accuracy']:.0%} before, "
+            f"{now['eval_accuracy']:.0%} after"
+        )
+
+
+if __name__ == "__main__":
+    main()
