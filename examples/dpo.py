@@ -78,7 +78,9 @@ def main() -> None:
         DPOConfig,
         ModelArguments,
         output_dir="outputs/dpo",
-        learning_rate=5e-4,
+        loss_type=["sigmoid", "sft"],  # DPO alone makes rejected answers less likely, but chosen ones hardly more
+        loss_weights=[1.0, 1.0],
+        learning_rate=1.5e-3,
         num_train_epochs=2.0,
         per_device_train_batch_size=4,
         logging_steps=2,

@@ -87,7 +87,7 @@ def main() -> None:
         ModelArguments,
         output_dir="outputs/grpo",
         learning_rate=4e-3,
-        max_steps=14,
+        max_steps=10,
         num_generations=8,
         per_device_train_batch_size=16,
         max_completion_length=24,
