@@ -55,13 +55,13 @@ NEWS = {
 
 
 def excitement(completions: list, **kwargs) -> list[float]:
-    """One point for each exclamation mark, up to four."""
+    """One point for each exclamation mark, up to two."""
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-    return [float(min(text.count("!"), 4)) for text in texts]
+    return [float(min(text.count("!"), 2)) for text in texts]
 
 
 @torch.no_grad()
-def mean_reward(trainer: GRPOTrainer, prompts: list[list[dict]], samples: int = 4) -> float:
+def mean_reward(trainer: GRPOTrainer, prompts: list[list[dict]], samples: int = 2) -> float:
     """The mean reward of sampled completions, as the trainer samples them."""
     tokenizer, model = trainer.processing_class, trainer.model.eval()
     tokenizer.padding_side = "left"
@@ -86,11 +86,12 @@ def main() -> None:
         GRPOConfig,
         ModelArguments,
         output_dir="outputs/grpo",
-        learning_rate=4e-3,
+        learning_rate=1.5e-3,
+        beta=0.05,  # stay close to the base model's language
         max_steps=10,
         num_generations=8,
         per_device_train_batch_size=16,
-        max_completion_length=24,
+        max_completion_length=20,
         logging_steps=2,
         gradient_checkpointing=False,
     )
