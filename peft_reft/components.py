@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,8 +16,21 @@ COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
 
 # Last projections, whose output goes to the residual stream.
 _ATTENTION_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo", "o")
-_MLP_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "Wo", "dense", "w2")
-_MLPS = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe")
+_MLP_PROJECTIONS = (
+    "down_proj",
+    "c_proj",
+    "dense_4h_to_h",
+    "fc2",
+    "fc_out",
+    "lin2",
+    "wo",
+    "Wo",
+    "dense",
+    "w2",
+    "ffn_output",
+)
+# Parts of the names of modules without a single last projection.
+_MLPS = ("mlp", "ffn", "feed_forward", "moe")
 
 
 def find_component(block: nn.Module, component: str) -> tuple[str, nn.Module, str] | None:
@@ -46,7 +60,7 @@ def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
 def _attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost attention modules."""
     inside: tuple[str, ...] = ()
-    for name, module in block.named_modules():
+    for name, module in _base_modules(block):
         if not name or name.startswith(inside):
             continue
         called_so = re.search("atten|attn", type(module).__name__, re.IGNORECASE)
@@ -61,31 +75,49 @@ def _is_cross_attention(name: str, module: nn.Module) -> bool:
 
 
 def _mlp(block: nn.Module) -> tuple[str, nn.Module] | None:
-    for name, module in block.named_children():
-        if any(part.rpartition(".")[2] == "experts" for part, _ in module.named_modules()):
-            return name, module
     attentions = tuple(f"{name}." for name, _ in _attentions(block))
+    parts = [(name, module) for name, module in block.named_children() if not f"{name}.".startswith(attentions)]
+    whole = [(name, module) for name, module in parts if any(word in name for word in _MLPS) and len(module._modules)]
+    if any(_has_experts(module) for _, module in parts) or any(name == "experts" for name, _ in parts):
+        # With another MLP beside it the block adds up: no module puts out the sum.
+        return whole[0] if len(whole) == 1 and _has_experts(whole[0][1]) else None
     found = [
         (name, module)
-        for name, module in block.named_modules()
+        for name, module in _base_modules(block)
         if _is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS and not name.startswith(attentions)
     ]
     if found:
         return found[-1]
-    return next(((name, module) for name, module in block.named_children() if name in _MLPS), None)
+    return whole[0] if len(whole) == 1 else None
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(part.rpartition(".")[2] == "experts" for part, _ in module.named_modules())
 
 
 def _last_projection(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
     found = [
         (f"{name}.{part}", linear)
-        for part, linear in module.named_modules()
+        for part, linear in _base_modules(module)
         if _is_linear(linear) and part.rpartition(".")[2] in names
     ]
     return found[-1] if found else None
 
 
+def _base_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules, without what is inside the layers of adapters."""
+    inside: tuple[str, ...] = ()
+    for name, part in module.named_modules():
+        if not name.startswith(inside):
+            yield name, part
+        if isinstance(part, BaseTunerLayer):
+            inside += (f"{name}.",)
+
+
 def _is_linear(module: nn.Module) -> bool:
     # Quantized layers are subclasses, or have both widths too.
+    if isinstance(module, BaseTunerLayer):
+        return hasattr(module, "base_layer") and _is_linear(module.get_base_layer())
     return isinstance(module, (nn.Linear, Conv1D)) or (
         hasattr(module, "in_features") and hasattr(module, "out_features") and next(module.children(), None) is None
     )
