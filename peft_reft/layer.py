@@ -195,20 +195,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def merge_into(self, module: nn.Module, adapter_names: list[str] | None, safe: bool) -> None:
         """Merge adapters into the edited module, which `why_not_merge` has nothing against."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.reft_intervention:
-                continue
-            if self._unmerged is None:
-                self._unmerged = merging.Original(module)
-            merging.merge(module, self.affine_edit(name), safe, self.site_name)
-            self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.reft_intervention]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        original = self._unmerged or merging.Original(module)
+        merging.merge(module, original, [self.affine_edit(name) for name in names], safe, self.site_name)
+        self._unmerged, self.merged_adapters = original, names
 
     def affine_edit(self, adapter_name: str) -> merging.Edit:
         """An adapter's edit as a function of hidden representations, without positions."""
         settings = self.reft_settings[adapter_name]
         return merging.Edit(self.reft_intervention[adapter_name], settings.strength, settings.coordinates)
 
-    def shifts(self, adapter_name: str) -> bool:
+    def lacks_bias(self, module: nn.Module, adapter_names: list[str] | None) -> bool:
+        """Whether the edited module had no bias, and has or gets one with these adapters merged into it."""
+        original = module if self._unmerged is None else self._unmerged
+        names = [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
+        return original.bias is None and any(name in self.reft_intervention and self._shifts(name) for name in names)
+
+    def _shifts(self, adapter_name: str) -> bool:
         """Whether an affine edit moves a representation of zeros, so that a layer needs a bias to do the same."""
         zeros = next(self.reft_intervention[adapter_name].parameters()).new_zeros(1, self.out_features)
         return bool(self.affine_edit(adapter_name)(zeros).any())
@@ -217,8 +223,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Give the edited module back the weights that it had before anything was merged, bit for bit."""
         if self._unmerged is not None:
             self._unmerged.restore(module)
-        self._unmerged = None
-        self.merged_adapters.clear()
+        self._unmerged, self.merged_adapters = None, []
 
     def forward(self, hidden: Any) -> Any:
         """What it is given: an edited `nn.Sequential` runs through all of its children."""
@@ -299,10 +304,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return None if coordinates is None else coordinates.to(hidden.device, precise(hidden.dtype))
 
     def _edit_by_row(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
-        if self.merged_adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
         for edits in plan.rows.edits(self, len(hidden)):
             selection = self._selection_by_row(plan, edits, hidden, name)
             if selection is not None:

@@ -7,7 +7,7 @@ An affine edit of *all* tokens behind a linear layer `W0 h + b0` is another line
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,20 @@ class Original:
         )
         self.bias = None if linear.bias is None else linear.bias.data.clone()
 
+    def dense(self) -> torch.Tensor:
+        """The weight, dequantized."""
+        if self.scales is None:
+            return self.weight
+        import bitsandbytes as bnb
+
+        if isinstance(self.scales, torch.Tensor):
+            return bnb.functional.int8_vectorwise_dequant(self.weight, self.scales)
+        weight, scales = self.weight, self.scales
+        if getattr(scales, "packing_format_for_cpu", False):
+            # The first pass in evaluation mode packed them for a CPU; unpacking changes the scales.
+            weight, scales = bnb.functional._convert_weight_packed_for_cpu_inverse(weight, copy.deepcopy(scales))
+        return bnb.functional.dequantize_4bit(weight, scales)
+
     def restore(self, linear: nn.Module) -> None:
         """Put them back, on the device (and, unless quantized, in the dtype) that the layer has by now."""
         device = linear.weight.device
@@ -77,66 +91,63 @@ def obstacle(module: nn.Module, positions: str, intervention: Intervention, side
             f"the edited module is a {type(module).__name__}, not a linear layer (component='attention_output' or "
             "'mlp_output', or linear layers in target_modules)"
         )
+    if module.weight.is_meta:
+        return "its weights are offloaded; load the whole model into memory"
     if not _quantized(module) and not (type(module.weight) is nn.Parameter and module.weight.is_floating_point()):
         return f"its weights are stored as {type(module.weight).__name__} {module.weight.dtype}, which is not supported"
     return None
 
 
-def merge(linear: nn.Module, edit: Edit, safe: bool, name: str) -> None:
-    """Change the weight and the bias of `linear` to what it computes together with `edit`.
+def merge(linear: nn.Module, original: Original, edits: Sequence[Edit], safe: bool, name: str) -> None:
+    """Give `linear` the weight and the bias of what it originally was, followed by edits, one after the other.
+
+    All edits are rounded (and quantized) together, once.
 
     Raises:
         ValueError: `safe` and the result is not finite; the layer is as it was then.
     """
-    weight, bias = _merged(linear, edit)
+    weight, bias = _merged(linear, original, edits)
+    weight, bias = weight.to(_weight_dtype(linear)), bias.to(_weight_dtype(linear))
     if safe and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ValueError(f"NaNs detected in the merged weights of {name!r}. The adapter seems to be broken.")
     _set_weight(linear, weight)
     if linear.bias is not None:
         linear.bias.data = bias.to(linear.bias)
     elif bias.any():
-        dtype = linear.weight.dtype if linear.weight.is_floating_point() else edit_dtype(linear)
-        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def edit_dtype(linear: nn.Module) -> torch.dtype:
-    """The dtype that a quantized layer computes in."""
-    return getattr(linear, "compute_dtype", None) or torch.float16
+def _weight_dtype(linear: nn.Module) -> torch.dtype:
+    """The dtype of a layer's weight before it is quantized."""
+    if _is_4bit(linear):
+        return linear.weight.quant_state.dtype
+    return torch.float16 if _is_8bit(linear) else linear.weight.dtype
 
 
-def _merged(linear: nn.Module, edit: Edit) -> tuple[torch.Tensor, torch.Tensor]:
-    dense = _dense(linear)
+def _merged(linear: nn.Module, original: Original, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
+    dense = original.dense().to(linear.weight.device)
     precise = torch.float32 if dense.device.type == "mps" else torch.float64
     # A row of `columns` is what the layer puts out for one unit vector, without the bias.
     columns = dense.to(precise)
     columns = columns if isinstance(linear, Conv1D) else columns.mT
     zero = columns.new_zeros(1, columns.shape[1])
-    bias = zero if linear.bias is None else linear.bias.detach().to(precise)[None]
-    columns = columns + edit(columns) - edit(zero)
-    return columns if isinstance(linear, Conv1D) else columns.mT, (bias + edit(bias))[0]
-
-
-def _dense(linear: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer, dequantized."""
-    if not _quantized(linear):
-        return linear.weight.detach()
-    import bitsandbytes as bnb
-
-    if _is_4bit(linear):
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-    return bnb.functional.int8_vectorwise_dequant(linear.weight.data, _row_scales(linear))
+    bias = zero if original.bias is None else original.bias.to(columns)[None]
+    for edit in edits:
+        columns = columns + edit(columns) - edit(zero)
+        bias = bias + edit(bias)
+    return columns if isinstance(linear, Conv1D) else columns.mT, bias[0]
 
 
 def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
     if not _quantized(linear):
-        linear.weight.data = weight.to(linear.weight.dtype).contiguous()
+        linear.weight.data = weight.contiguous()
         return
     import bitsandbytes as bnb
 
     if _is_4bit(linear):
         old = linear.weight
         new = bnb.nn.Params4bit(
-            weight.to(old.quant_state.dtype).contiguous(),
+            weight.contiguous(),
             requires_grad=False,
             blocksize=old.blocksize,
             compress_statistics=old.compress_statistics,
@@ -147,7 +158,7 @@ def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
         # Moving it, if only to where it is, quantizes it.
         linear.weight = new.to(old.device)
     else:
-        _set_int8(linear, *bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))[:2])
+        _set_int8(linear, *bnb.functional.int8_vectorwise_quant(weight.contiguous())[:2])
 
 
 def _set_int8(linear: nn.Module, weight: torch.Tensor, scales: torch.Tensor) -> None:
@@ -171,7 +182,7 @@ def _is_4bit(module: nn.Module) -> bool:
         return False
     import bitsandbytes as bnb
 
-    return isinstance(module, bnb.nn.Linear4bit)
+    return isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None
 
 
 def _is_8bit(module: nn.Module) -> bool:
@@ -179,13 +190,13 @@ def _is_8bit(module: nn.Module) -> bool:
         return False
     import bitsandbytes as bnb
 
-    return isinstance(module, bnb.nn.Linear8bitLt)
+    return isinstance(module, bnb.nn.Linear8bitLt) and module.weight.dtype == torch.int8
 
 
 # A merged model as a plain Transformers model: biases have to be where its class would create them.
 
 
-def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list[str]], set[str]]:
+def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list[str]], dict[str, torch.Size]]:
     """Options of the model's configuration that make its class create biases which it does not have.
 
     Args:
@@ -194,39 +205,40 @@ def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list
 
     Returns:
         Name of each part of the configuration (`""` for all of it) -> names of the options to switch on; and all
-        biases that the class then has and this model has not.
+        parameters that the class has with these options only, with their shapes.
 
     Raises:
         ValueError: no option gives the class all of these biases.
     """
-    plain = _parameter_names(model, {})
+    if not biases:
+        return {}, {}
+    plain = _parameter_shapes(model, {})
     flags: dict[str, list[str]] = {}
-    created: set[str] = set()
+    created: dict[str, torch.Size] = {}
     for part, name in _bias_options(model.config):
-        gained = _parameter_names(model, {part: [name]}) - plain
-        if gained & biases:
+        shapes = _parameter_shapes(model, {part: [name]})
+        gained = {key: shape for key, shape in shapes.items() if key not in plain}
+        if gained.keys() & biases:
             flags.setdefault(part, []).append(name)
             created |= gained
-    if missing := sorted(biases - created - plain):
+    if missing := sorted(biases - created.keys() - plain.keys()):
+        others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise ValueError(
-            f"Merging gives {missing[0]!r} (and {len(missing) - 1} more) a value, but {type(model).__name__} has no "
-            "such bias and no option for it in its configuration, so the merged model would lose it when it is saved "
-            "and loaded. merge_adapter() merges in memory."
+            f"Merging gives {missing[0]!r}{others} a value, but {type(model).__name__} has no such bias and no option "
+            "for it in its configuration, so the merged model would lose it when it is saved and loaded. "
+            "merge_adapter() merges in memory."
         )
     return flags, created
 
 
-def add_biases(model: PreTrainedModel, flags: dict[str, list[str]], created: set[str]) -> None:
+def add_biases(model: PreTrainedModel, flags: dict[str, list[str]], created: dict[str, torch.Size]) -> None:
     """Switch options on, and give the model the biases that come with them, zero where there is none yet."""
     _switch_on(model.config, flags)
-    for name in created:
-        linear = model.get_submodule(name.rpartition(".")[0])
-        if linear.bias is None:
-            width = linear.nf if isinstance(linear, Conv1D) else linear.out_features
-            dtype = edit_dtype(linear) if _quantized(linear) else linear.weight.dtype
-            linear.bias = nn.Parameter(
-                torch.zeros(width, dtype=dtype, device=linear.weight.device), requires_grad=False
-            )
+    for name, shape in created.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if module.bias is None:
+            zeros = torch.zeros(shape, dtype=_weight_dtype(module), device=module.weight.device)
+            module.bias = nn.Parameter(zeros, requires_grad=False)
 
 
 def _bias_options(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
@@ -243,11 +255,11 @@ def _switch_on(config: PretrainedConfig, flags: dict[str, list[str]]) -> None:
             setattr(getattr(config, part) if part else config, name, True)
 
 
-def _parameter_names(model: PreTrainedModel, flags: dict[str, list[str]]) -> set[str]:
-    """Names of the parameters that the model's class creates with these options."""
+def _parameter_shapes(model: PreTrainedModel, flags: dict[str, list[str]]) -> dict[str, torch.Size]:
+    """Names and shapes of the parameters that the model's class creates with these options."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     _switch_on(config, flags)
     with torch.device("meta"):
-        return {name for name, _ in type(model)(config).named_parameters()}
+        return {name: parameter.shape for name, parameter in type(model)(config).named_parameters()}

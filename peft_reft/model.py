@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -137,6 +138,10 @@ class ReftModel(SteeringMixin, BaseTuner):
         if (names := kwargs.get("adapter_names")) is None:
             yield
             return
+        if self._merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         tracker = _tracker_of(self.model)
         rows = Rows(names, None)
         rows.check(tracker.adapters, self.training, batch=None)
@@ -157,8 +162,9 @@ class ReftModel(SteeringMixin, BaseTuner):
         """
         Merge adapters into the weights of the layers behind which they edit; `unmerge_adapter` restores these.
 
-        Exact for affine edits (no `act_fn`) of all tokens (`positions="all"`) behind a linear layer. A layer without a
-        bias gets one. Until then a copy of the original weights is kept.
+        Exact for affine edits (no `act_fn`) of all tokens (`positions="all"`) behind a linear layer, up to the rounding
+        of the weights. A layer without a bias gets one. Merged adapters edit in the order in which they were merged,
+        and before those that are not. A copy of the original weights is kept.
 
         Args:
             adapter_names (`list[str]`, *optional*): The adapters, by default the active ones.
@@ -169,9 +175,18 @@ class ReftModel(SteeringMixin, BaseTuner):
                 been changed then.
         """
         self._check_merge_allowed(adapter_names)
-        for module, layer in list(layers(self.model)):
-            with onload_layer(module):
-                layer.merge_into(module, adapter_names, safe_merge)
+        touched: list[tuple[nn.Module, ReftLayer, list[str]]] = []
+        try:
+            for module, layer in list(layers(self.model)):
+                touched.append((module, layer, layer.merged_adapters))
+                with onload_layer(module):
+                    layer.merge_into(module, adapter_names, safe_merge)
+        except Exception:
+            for module, layer, before in touched:
+                with onload_layer(module):
+                    layer.unmerge_from(module)
+                    layer.merge_into(module, before, False)
+            raise
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the weights again, bit for bit."""
@@ -185,12 +200,32 @@ class ReftModel(SteeringMixin, BaseTuner):
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it is merged, all merged adapters are taken out of the weights."""
+        """Delete an adapter.
+
+        Raises:
+            ValueError: The adapter is merged, or does not exist.
+        """
+        # PEFT 0.20 does not ask.
         if any(adapter_name in layer.merged_adapters for _, layer in layers(self.model)):
-            self.unmerge_adapter()
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
         super().delete_adapter(adapter_name)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; merged ones are taken out of the weights."""
+        if self._merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        super().set_adapter(adapter_name, inference_mode)
+
+    @property
+    def _merged(self) -> bool:
+        return any(layer.merged_adapters for _, layer in layers(self.model))
+
     def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
+            raise ValueError(f"There is no adapter {unknown[0]!r} to merge; there are {sorted(self.peft_config)}.")
         for module, layer in layers(self.model):
             for name in layer.active_adapters if adapter_names is None else adapter_names:
                 if name not in layer.reft_intervention or name in layer.merged_adapters:
@@ -221,6 +256,8 @@ class ReftModel(SteeringMixin, BaseTuner):
     ) -> nn.Module:
         if merge:
             self._merge_for_good(safe_merge, adapter_names)
+        else:
+            self.unmerge_adapter()
         for module, layer in list(layers(self.model)):
             layer.detach(module)
         _untrack(self.model)
@@ -228,21 +265,16 @@ class ReftModel(SteeringMixin, BaseTuner):
 
     def _merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._check_merge_allowed(adapter_names)
-        flags: tuple[dict[str, list[str]], set[str]] = {}, set()
-        if isinstance(self.model, PreTrainedModel):
-            flags = merging.bias_flags(self.model, self._new_biases(adapter_names))
+        plain = isinstance(self.model, PreTrainedModel)
+        flags = merging.bias_flags(self.model, self._new_biases(adapter_names)) if plain else None
         self.merge_adapter(adapter_names, safe_merge)
-        if isinstance(self.model, PreTrainedModel):
+        if flags is not None:
             merging.add_biases(self.model, *flags)
 
     def _new_biases(self, adapter_names: list[str] | None) -> set[str]:
-        """Names of the biases that merging adds."""
-        return {
-            f"{layer.site_name}.bias"
-            for module, layer in layers(self.model)
-            for name in (layer.active_adapters if adapter_names is None else adapter_names)
-            if name in layer.reft_intervention and module.bias is None and layer.shifts(name)
-        }
+        """Names of the biases that merging adds, or has added."""
+        biased = (layer for module, layer in layers(self.model) if layer.lacks_bias(module, adapter_names))
+        return {f"{layer.site_name}.bias" for layer in biased}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.
