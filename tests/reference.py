@@ -116,13 +116,22 @@ class Reference:
         model: the base model; nobody else may use it.
         sites: module name -> parameters of its intervention.
         spec, shared: the positions, and whether one intervention serves all words.
+        inputs: as `sites`, for modules whose input is edited.
     """
 
-    def __init__(self, model, sites: dict[str, dict[str, torch.Tensor]], spec: str, shared: bool = True) -> None:
+    def __init__(
+        self,
+        model,
+        sites: dict[str, dict[str, torch.Tensor]],
+        spec: str,
+        shared: bool = True,
+        inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+    ) -> None:
         self.model = model
         self.sites = sites
         self.spec = spec
         self.shared = shared
+        self.inputs = inputs or {}
 
     @contextmanager
     def editing(self, roles: str | dict[str, str], cached: bool = False) -> Iterator[torch.nn.Module]:
@@ -130,10 +139,16 @@ class Reference:
 
         `cached`: every pass continues where the one before ended, else every pass holds the whole sequence.
         """
-        roles = roles if isinstance(roles, dict) else dict.fromkeys(self.sites, roles)
+        roles = roles if isinstance(roles, dict) else dict.fromkeys([*self.sites, *self.inputs], roles)
         handles = [
             self.model.get_submodule(name).register_forward_hook(self._hook(roles[name], params, cached))
             for name, params in self.sites.items()
+        ]
+        handles += [
+            self.model.get_submodule(name).register_forward_pre_hook(
+                self._input_hook(roles[name], params, cached), with_kwargs=True
+            )
+            for name, params in self.inputs.items()
         ]
         try:
             yield self.model
@@ -142,17 +157,37 @@ class Reference:
                 handle.remove()
 
     def _hook(self, roles: str, params: dict[str, torch.Tensor], cached: bool):
+        edit = self._editor(roles, params, cached)
+
+        def hook(module, args, output):
+            if isinstance(output, torch.Tensor):
+                return edit(output)
+            return (edit(output[0]), *output[1:])
+
+        return hook
+
+    def _input_hook(self, roles: str, params: dict[str, torch.Tensor], cached: bool):
+        edit = self._editor(roles, params, cached)
+
+        def hook(module, args, kwargs):
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return hook
+
+    def _editor(self, roles: str, params: dict[str, torch.Tensor], cached: bool):
         seen = 0
 
-        def edit(module, args, output):
+        def edit(hidden):
             nonlocal seen
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            if hidden.dim() == 2:  # all tokens on one axis
+                return edit(hidden.unflatten(0, (-1, len(roles)))).flatten(0, 1)
             start = seen if cached else 0
             seen += hidden.shape[1]
             known = roles[: start + hidden.shape[1]].ljust(start + hidden.shape[1], "c")
             rows = (edit_sequence(row, self.spec, known, self.shared, params, start) for row in hidden)
-            edited = torch.stack(list(rows))
-            return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
+            return torch.stack(list(rows))
 
         return edit
 
