@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from reference import Reference, gradients
 from routes import GENERATE, PARAMETERS, TOLERANCE, sequences
 from test_sites import hidden_of
-from tiny import HIDDEN, LAYERS, VOCAB, ZOO, Tiny
+from tiny import HIDDEN, LAYERS, VOCAB, ZOO, Tiny, in_float64
 from torch import nn
 
 from peft_reft import ReftConfig
@@ -87,12 +87,6 @@ def reference_of(model: PeftModel, base: nn.Module, spec: str, adapter: str = "d
         params = {name: getattr(intervention, name).detach().clone().requires_grad_() for name in PARAMETERS}
         (inputs if layer.side == "input" else sites)[names[module]] = params
     return Reference(base, sites, spec, inputs=inputs)
-
-
-def in_float64(base: nn.Module) -> nn.Module:
-    # The fast kernels for experts take no float64.
-    base.set_experts_implementation("eager")
-    return base.double()
 
 
 def inputs_of(name: str) -> dict[str, torch.Tensor]:

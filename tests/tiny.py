@@ -21,6 +21,13 @@ def build(model_class, config, seed: int = 0):
         return model_class(config).eval()
 
 
+def in_float64(model):
+    """The model itself, in float64."""
+    # The fast kernels for experts take none.
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
 _BERT = _TOKENS | {
     "hidden_size": HIDDEN,
