@@ -238,12 +238,9 @@ class ReftModel(SteeringMixin, BaseTuner):
                     )
 
     def _tied(self, module: nn.Module) -> str | None:
-        others = [
-            n for n, m in self.model.named_modules() if m is not module and m._parameters.get("weight") is not None
-        ]
-        weight = module._parameters.get("weight")
-        for name in others:
-            if self.model.get_submodule(name).weight is weight:
+        weight = module.weight
+        for name, other in self.model.named_modules():
+            if other is not module and other._parameters.get("weight") is weight:
                 return f"the weight is shared with {name!r}"
         return None
 
