@@ -25,9 +25,9 @@ class SteeringMixin:
         Not saved with the adapter.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: there is no such adapter, or it is merged.
         """
-        for layer in self._layers_with(adapter):
+        for layer in self._unmerged_layers_with(adapter):
             layer.reft_settings[adapter].strength = float(strength)
 
     @contextmanager
@@ -48,10 +48,10 @@ class SteeringMixin:
         training one subspace leaves those before it in `ReftConfig.subspaces` as they are, and turns those after it.
 
         Raises:
-            ValueError: there is no such adapter, or it has no such subspace.
+            ValueError: there is no such adapter, it is merged, or it has no such subspace.
         """
         known = self.peft_config[adapter].subspaces or {} if adapter in self.peft_config else {}
-        layers_with = self._layers_with(adapter)
+        layers_with = self._unmerged_layers_with(adapter)
         unknown = sorted({*([names] if isinstance(names, str) else names or ())} - set(known))
         if unknown:
             raise ValueError(f"Adapter {adapter!r} has no subspace {unknown[0]!r}; it has {sorted(known)}.")
@@ -107,9 +107,11 @@ class SteeringMixin:
                 are learned.
 
         Raises:
-            ValueError: no such adapter or layer, or directions that cannot span the adapter's subspace.
+            ValueError: no such adapter or layer, a merged adapter, or directions that cannot span the adapter's
+                subspace.
         """
         places = self._layers_with(adapter)
+        self._unmerged_layers_with(adapter)
         chosen = {layer: self._layer(adapter, layer) for layer in directions}
         for key, layer in chosen.items():
             _check_directions(self._low_rank(adapter, layer).projection, directions[key], key)
@@ -186,6 +188,15 @@ class SteeringMixin:
         found = [layer for _, layer in layers(self.model) if adapter in layer.reft_intervention]
         if not found:
             raise ValueError(f"There is no ReFT adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
+        return found
+
+    def _unmerged_layers_with(self, adapter: str) -> list[ReftLayer]:
+        found = self._layers_with(adapter)
+        if any(adapter in layer.merged_adapters for layer in found):
+            raise ValueError(
+                f"The ReFT adapter {adapter!r} is merged into the weights, where it cannot be changed; call "
+                "unmerge_adapter() first."
+            )
         return found
 
     def _layer(self, adapter: str, layer: int | str) -> ReftLayer:

@@ -345,6 +345,26 @@ def test_adapters_cannot_be_chosen_by_row_while_some_are_merged(build):
             logits(model, adapter_names=names)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_strength("default", 2.0),
+        lambda model: model.strength("default", 0.0).__enter__(),
+        lambda model: model.set_subspaces("default", "a"),
+        lambda model: model.set_directions("default", {}),
+    ],
+    ids=["strength", "context", "subspaces", "directions"],
+)
+def test_a_merged_adapter_cannot_be_changed(change):
+    model = merging(subspaces={"a": 1, "b": 3})
+    model.merge_adapter()
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"'default' is merged into the weights.* unmerge_adapter"):
+        change(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_unload_gives_the_original_model_back():
     base = tiny.llama()
     before, plain = weights(base), logits(base)
