@@ -186,6 +186,12 @@ def test_the_attention_of_a_decoder_that_listens_is_its_self_attention(build, ex
     assert all(site.endswith(f".{expected}") for site in sites)
 
 
+def test_a_block_that_attends_to_images_only_has_no_attention_output():
+    model = Tiny("MllamaForCausalLM", tiny._LLAMA | {"cross_attention_layers": [1]}, "").build()
+    sites = sites_of(adapted(model, component="attention_output"))
+    assert sites == {f"model.layers.{i}.self_attn.o_proj" for i in (0, 2)}
+
+
 def test_a_block_that_is_applied_several_times_has_its_components():
     sites = sites_of(adapted(tiny.ALBERT.build(), component=["attention_output", "mlp_output"], positions="all"))
     inside = "encoder.albert_layer_groups.0.albert_layers.0"
