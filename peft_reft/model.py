@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -145,18 +143,9 @@ class ReftModel(SteeringMixin, BaseTuner):
         tracker = _tracker_of(self.model)
         rows = Rows(names, None)
         rows.check(tracker.adapters, self.training, batch=None)
-        handles = [
-            module.register_forward_pre_hook(partial(_choose_by_row, adapter_names=names), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            # Threads of a server take turns, from here on as in `generate`.
-            with tracker.turn, tracker.asking(rows):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        # Threads of a server take turns, from here on as in `generate`.
+        with tracker.turn, tracker.asking(rows):
+            yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
@@ -276,15 +265,6 @@ class ReftModel(SteeringMixin, BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.
         setattr(parent, child_name, new_module)
-
-
-def _choose_by_row(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: Sequence[str]
-) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook of PEFT's wrappers around modules that are trained whole."""
-    # Beams and returned sequences repeat rows.
-    repeats = args[0].shape[0] // len(adapter_names)
-    return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:

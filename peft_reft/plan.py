@@ -163,10 +163,18 @@ class Plan:
             codes = self._codes(spec)
             if codes is None:
                 continue
-            codes = torch.where(mask[:, None], _spread(codes, hidden).cpu(), 0)
-            _check_prompts(codes, spec)
+            codes = _spread(codes, hidden)
+            codes = codes * mask[:, None].to(codes.device)
             combined = codes if combined is None else combined + codes
-        most = 0 if combined is None else int((combined > 0).sum(-1).max())
+        if combined is None:
+            return None
+        if torch.compiler.is_compiling():
+            return RowSelection(combined.to(hidden.device))
+        # The one host synchronization of a pass.
+        combined = combined.cpu()
+        for spec, mask in positions.masks.items():
+            _check_prompts(combined * mask[:, None], spec)
+        most = int((combined > 0).sum(-1).max())
         if most == 0:
             return None
         if 2 * most > combined.shape[1]:

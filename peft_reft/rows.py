@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_reft.positions import Positions
 from peft_reft.stacked import Member, Stacked, family, stack
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 BASE = "__base__"
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: torch.compile hashes frozen dataclasses by their fields.
+@dataclass(eq=False)
 class RowPositions:
     """The position spec of each row: spec -> the rows that have it, bool `[rows]`."""
 
@@ -67,6 +71,7 @@ class Rows:
         # Inside `generate` rows may be repeated after the check.
         self.checked = False
         self._edits: dict[tuple[int, int], list[RowEdit]] = {}
+        self._heads: dict[int, list[AuxiliaryTrainingWrapper]] = {}
         self._positions: dict[tuple[Positions | None, ...], RowPositions] = {}
 
     @classmethod
@@ -122,6 +127,21 @@ class Rows:
         if key not in self._edits:
             self._edits[key] = self._make_edits(layer, batch)
         return self._edits[key]
+
+    def choose_heads(self, module: nn.Module) -> list[RemovableHandle]:
+        """Let the modules inside `module` that PEFT trains whole (`modules_to_save`) run each row through its adapter's
+        copy, until the handles are removed.
+        """
+        if self.adapters is None:
+            return []
+        if id(module) not in self._heads:
+            self._heads[id(module)] = [m for m in module.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return [head.register_forward_pre_hook(self._name_rows, with_kwargs=True) for head in self._heads[id(module)]]
+
+    def _name_rows(self, head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        # Adapters without a copy use the original.
+        names = [self.adapters[i] for i in self._repeated(len(args[0]))]
+        return args, kwargs | {"adapter_names": [name if name in head._adapters else BASE for name in names]}
 
     def _make_edits(self, layer: ReftLayer, batch: int) -> list[RowEdit]:
         names = [self.adapters[i] for i in self._repeated(batch)]

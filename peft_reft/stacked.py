@@ -54,13 +54,13 @@ class StackedLowRank:
         left = torch.zeros(len(members) + 1, columns, features, dtype=dtype, device=device)
         right, removed = torch.zeros_like(left), torch.zeros_like(left)
         bias = left.new_zeros(left.shape[:2])
-        gain = torch.zeros(left.shape[:2], dtype=dtype)
+        gain = torch.zeros(left.shape[:2], dtype=torch.float64)
         unit = torch.zeros(left.shape[:2], dtype=torch.int8)
         for alike in _alike(members):
-            factors = _factors([members[i].intervention for i in alike], dtype)
+            factors = _factors([members[i] for i in alike], dtype)
             index = torch.tensor(alike, device=device)
             used = factors.bias.shape[1]
-            gain[alike, :used] = _gain([members[i] for i in alike]).to(dtype)
+            gain[alike, :used] = _gain([members[i] for i in alike])
             unit[alike, :used] = _unit_of_column(members[alike[0]].intervention)
             left[index, :used], bias[index, :used] = factors.left, factors.bias
             if factors.right is not None:
@@ -74,7 +74,7 @@ class StackedLowRank:
             right[rows],
             removed[rows] if activations else None,
             bias[rows],
-            gain.to(device)[rows],
+            gain.to(dtype).to(device)[rows],
             unit.to(device)[rows],
             activations,
         )
@@ -99,17 +99,18 @@ class StackedRed:
     @classmethod
     def of(cls, members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> StackedRed:
         """As `StackedLowRank.of`."""
-        units = max(len(m.intervention.scale) for m in members)
-        features = members[0].intervention.scale.shape[1]
-        factor = torch.zeros(
-            len(members) + 1, 1 + units, features, dtype=dtype, device=members[0].intervention.scale.device
-        )
+        scales = [member.intervention.scale for member in members]
+        biases = [member.intervention.bias for member in members]
+        device, units = scales[0].device, 1 + max(map(len, scales))
+        # One member more, all zero, for rows without an edit: index -1.
+        factor = torch.zeros(len(members) + 1, units, scales[0].shape[1], dtype=dtype, device=device)
         shift = torch.zeros_like(factor)
-        for i, member in enumerate(members):
-            own, gain = member.intervention, member.strength
-            factor[i, 1 : 1 + len(own.scale)] = gain * (own.scale.to(dtype) - 1)
-            shift[i, 1 : 1 + len(own.bias)] = gain * own.bias.to(dtype)
-        rows = rows.to(factor.device)
+        places = [(i, 1 + unit) for i, scale in enumerate(scales) for unit in range(len(scale))]
+        index = torch.tensor(places, device=device).unbind(1)
+        gain = torch.tensor([[members[i].strength] for i, _ in places], dtype=dtype, device=device)
+        factor[index] = gain * (torch.cat(scales).to(dtype) - 1)
+        shift[index] = gain * torch.cat(biases).to(dtype)
+        rows = rows.to(device)
         return cls(factor[rows], shift[rows])
 
     def __call__(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -153,22 +154,32 @@ def _alike(members: Sequence[Member]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _factors(interventions: Sequence[LowRankIntervention], dtype: torch.dtype) -> Factors:
-    """The normal forms of interventions that are alike, with the units' coordinates on one axis: `[n, u * r, d]`."""
-    first = interventions[0]
+def _factors(members: Sequence[Member], dtype: torch.dtype) -> Factors:
+    """The normal forms of members that are alike, with the units' coordinates on one axis: `[n, u * r, d]`."""
+    first = members[0].intervention
     parameters = {
-        name: torch.stack([getattr(i, name) for i in interventions]).to(dtype) for name, _ in first.named_parameters()
+        name: torch.stack([getattr(member.intervention, name) for member in members]).to(dtype)
+        for name, _ in first.named_parameters()
     }
+    if torch.is_grad_enabled():
+        # As in `LowRankIntervention`: rows that are not used stay as they are.
+        projection = parameters["projection"]
+        used = _coordinates(members, projection.shape[2]).to(projection.device) != 0
+        parameters["projection"] = torch.where(used[:, None, :, None], projection, projection.detach())
     factors = first.factors_of(parameters, first.affine)
     return Factors(*(None if factor is None else factor.flatten(1, 2) for factor in factors))
 
 
 def _gain(members: Sequence[Member]) -> torch.Tensor:
-    """Factor of each column of members that are alike, float32 `[n, u * r]`."""
+    """Factor of each column of members that are alike, float64 `[n, u * r]`."""
     units, rank, _ = members[0].intervention.projection.shape
+    strength = torch.tensor([m.strength for m in members], dtype=torch.float64)
+    return strength[:, None] * _coordinates(members, rank).repeat(1, units)
+
+
+def _coordinates(members: Sequence[Member], rank: int) -> torch.Tensor:
     everything = torch.ones(rank)
-    coordinates = torch.stack([everything if m.coordinates is None else m.coordinates.cpu() for m in members])
-    return torch.tensor([m.strength for m in members])[:, None] * coordinates.repeat(1, units)
+    return torch.stack([everything if m.coordinates is None else m.coordinates.cpu() for m in members])
 
 
 def _unit_of_column(intervention: LowRankIntervention) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_reft.plan import ENCODER, Plan, WholeSequence
 from peft_reft.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
@@ -32,6 +33,7 @@ class PromptTracker:
         entered: the entry that the current pass came in through, None between passes.
         generation: the `generate` call that is going on.
         rows: what the call that is going on asks of each row of its batch.
+        handles: of hooks that are there for the current pass only.
     """
 
     def __init__(self, adapters: Mapping[str, tuple[str, ...]] | None = None) -> None:
@@ -40,6 +42,7 @@ class PromptTracker:
         self.entered: Entry | None = None
         self.generation: Generation | None = None
         self.rows: Rows | None = None
+        self.handles: list[RemovableHandle] = []
         # Threads of a server take turns, each with a whole `generate`.
         self.turn = threading.RLock()
 
@@ -116,24 +119,27 @@ class Entry:
         self.tracker.plans = {stream: self._plan(stream, call, module.training) for stream in self.streams}
         rows = Rows.of(call, self.tracker.rows)
         if rows is not None:
-            self._ask(rows, module.training)
+            self._ask(rows, module)
         if not ARGUMENTS & kwargs.keys():
             return None
         # The model's own forward does not know these.
         return args, {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
 
-    def _ask(self, rows: Rows, training: bool) -> None:
+    def _ask(self, rows: Rows, module: nn.Module) -> None:
         shapes = [plan.shape for plan in self.tracker.plans.values() if plan.shape is not None]
         if not rows.checked:
-            rows.check(self.tracker.adapters, training, shapes[0][0] if shapes else None)
+            rows.check(self.tracker.adapters, module.training, shapes[0][0] if shapes else None)
         for plan in self.tracker.plans.values():
             plan.rows = rows
+        self.tracker.handles = rows.choose_heads(module)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook, also called after an exception."""
         if self.tracker.entered is not self:
             return
         self.tracker.entered = None
+        while self.tracker.handles:
+            self.tracker.handles.pop().remove()
         if torch.compiler.is_compiling():
             return
         if not torch.is_grad_enabled():
