@@ -188,6 +188,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing. PEFT calls it to merge adapters of another method on the same model; see `merge_into`."""
+
+    def unmerge(self) -> None:
+        """Nothing, as `merge`."""
+
     def why_not_merge(self, module: nn.Module, adapter_name: str) -> str | None:
         """What keeps an adapter from being merged into the edited module, None if nothing does."""
         positions, intervention = self.reft_settings[adapter_name].positions, self.reft_intervention[adapter_name]

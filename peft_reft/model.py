@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, onload_layer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -69,6 +70,11 @@ class ReftModel(SteeringMixin, BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model to adapt is a PeftModel. To add ReFT to its adapters, adapt the model inside: "
+                "get_peft_model(model.get_base_model(), config, adapter_name='reft')."
+            )
         # Raises before anything is touched. Kept for the matching that follows, which sees names only.
         self._sites: dict[str, list[Site]] = {}
         for site in find_sites(model, peft_config):
@@ -92,6 +98,9 @@ class ReftModel(SteeringMixin, BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_name(model, adapter_name)
+        # On a model that has adapters already, PEFT keeps it on the model alone, where another tuner may delete it.
+        self.peft_config = self.peft_config
         if state_dict is not None:
             self._check_state_dict(model, self.peft_config[adapter_name], state_dict)
             # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
@@ -244,10 +253,17 @@ class ReftModel(SteeringMixin, BaseTuner):
             self._merge_for_good(safe_merge, adapter_names)
         else:
             self.unmerge_adapter()
+        names = set(_tracker_of(self.model).adapters)
         for module, layer in list(layers(self.model)):
             layer.detach(module)
         _untrack(self.model)
-        return super()._unload_and_optionally_merge(False, progressbar)
+        model = super()._unload_and_optionally_merge(False, progressbar)
+        if self.peft_config.keys() - names:
+            # Another method's adapters stay on the model, whose tuner shares this dictionary.
+            for name in names:
+                self.peft_config.pop(name, None)
+            model.peft_config = self.peft_config
+        return model
 
     def _merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._check_merge_allowed(adapter_names)
@@ -263,8 +279,22 @@ class ReftModel(SteeringMixin, BaseTuner):
         return {f"{layer.site_name}.bias" for layer in biased}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Only called to unwrap modules_to_save; PEFT's own method asks them for a `weight`, which many heads lack.
-        setattr(parent, child_name, new_module)
+        # Only called to unwrap modules_to_save, and layers of other methods, which stay. PEFT's own method asks for a
+        # `weight`, which many heads lack.
+        if not isinstance(child, BaseTunerLayer):
+            setattr(parent, child_name, new_module)
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT tells the weights of different methods apart by the names of their adapters."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ReftLayer):
+            names = {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
+            if adapter_name in names:
+                raise ValueError(
+                    f"The model has an adapter {adapter_name!r} of another method ({type(module).__module__}) already, "
+                    "and PEFT would mix up their weights when it saves them. Choose another adapter_name."
+                )
 
 
 def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:

@@ -124,7 +124,7 @@ def assert_rows(mixed: Mixed, names, roles, ids, batch, rtol: float, **kwargs) -
             base = mixed.model(input_ids=single.ids, labels=single.labels).logits[0]
         changed += not torch.equal(expected, base)
     # An adapter of first and last tokens leaves a prompt of one token alone.
-    assert 2 * changed > len(names) - names.count(BASE)
+    assert 2 * changed >= sum(name != BASE for name in names)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_forward_of_other_families(family):
 def test_one_row_and_one_adapter():
     mixed = peft_model(ZOO["gpt2"].build().double())
     for name in ("loreft8", BASE):
-        roles, ids = rows([name])
+        roles, ids = ("ppppcc",), sequences(("ppppcc",))
         assert_rows(mixed, [name], roles, ids, pad(roles, ids), 1e-10)
 
 
