@@ -165,7 +165,6 @@ def _set_int8(linear: nn.Module, weight: torch.Tensor, scales: torch.Tensor) -> 
     import bitsandbytes as bnb
 
     # The first forward pass takes both over into the layer's state.
-    linear.state.CB = linear.state.SCB = None
     linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scales)
 
 
