@@ -103,6 +103,8 @@ class Plan:
         Raises:
             ValueError: `hidden` has another token axis than the model's input, or its prompt cannot be told.
         """
+        if not positions.needs_prompt and self._cut(hidden):
+            return EVERYTHING
         self._check_shape(positions, hidden, name)
         key = (positions, hidden.device)
         if key not in self._selections:
@@ -111,11 +113,17 @@ class Plan:
 
     def selection_by_row(self, positions: RowPositions, hidden: torch.Tensor, name: str) -> RowSelection | None:
         """As `selection`, for rows that have their own position spec each."""
+        if not any(spec.needs_prompt for spec in positions.masks) and self._cut(hidden):
+            return RowSelection(torch.ones(hidden.shape[:2], dtype=torch.int8, device=hidden.device))
         self._check_shape(next(iter(positions.masks)), hidden, name)
         key = (positions, hidden.device)
         if key not in self._selections:
             self._selections[key] = self._select_by_row(positions, hidden)
         return self._selections[key]
+
+    def _cut(self, hidden: torch.Tensor) -> bool:
+        """Whether `hidden` has other tokens than the pass: generation calls a head for the last one alone."""
+        return self.shape is not None and hidden.dim() == 3 and hidden.shape[1] != self.shape[1]
 
     def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
         if self.shape is not None and (hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape):

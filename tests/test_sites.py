@@ -543,3 +543,18 @@ def test_two_stacks_of_equal_weight_are_both_edited():
 def test_a_model_without_a_list_of_blocks_asks_for_names(model, settings, message):
     with pytest.raises(ValueError, match=f"{message}.* [nN]ame the modules to edit in target_modules"):
         adapted(Tiny(model, settings, "").build())
+
+
+def test_a_head_that_generation_calls_for_the_last_token_alone_is_edited():
+    settings = {"target_modules": ["lm_head"], "positions": "all", "r": 3, "init_weights": False}
+    model = get_peft_model(tiny.llama(tie_word_embeddings=False), ReftConfig(**settings)).eval()
+    model.add_adapter("other", ReftConfig(**settings))
+    ids = torch.arange(3, 17).reshape(2, 7)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    tokens = model.generate(input_ids=ids, **options)
+    for step in range(7, 11):
+        expected = model(input_ids=tokens[:, :step]).logits[:, -1].argmax(-1)
+        assert torch.equal(tokens[:, step], expected)
+    mixed = model.generate(input_ids=ids, adapter_names=["default", "other"], **options)
+    model.set_adapter("other")
+    assert torch.equal(mixed, torch.stack([tokens[0], model.generate(input_ids=ids, **options)[1]]))
