@@ -28,18 +28,28 @@ _COLLECTIONS = (
 )
 
 _CARD_HEADING = "## How to load this ReFT adapter"
-_CARD_TEXT = f"""{_CARD_HEADING}
+_CARD_TEXT = """{heading}
 
 The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
 the import PEFT fails with `KeyError: 'REFT'`.
 
 ```python
 import peft_reft  # registers ReFT with PEFT
-from peft import AutoPeftModel
+from peft import {loader}
 
-model = AutoPeftModel.from_pretrained("path/or/hub-id/of/this/adapter")
+model = {loader}.from_pretrained("path/or/hub-id/of/this/adapter")
 ```
 """
+
+# PEFT's class for any model refuses adapters with a task type.
+_LOADERS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
 
 
 @dataclass
@@ -283,10 +293,10 @@ class ReftConfig(PeftConfig):
         """Save `adapter_config.json`, and tell in the model card beside it how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
-        _add_to_card(folder, self.base_model_name_or_path)
+        _add_to_card(folder, self)
         if _is_peft_card(folder.parent) and not (folder.parent / CONFIG_NAME).exists():
             # The folder holds a named adapter; the card above is the one that the hub shows.
-            _add_to_card(folder.parent, self.base_model_name_or_path)
+            _add_to_card(folder.parent, self)
 
 
 def _as_list(value: Any) -> Any:
@@ -313,15 +323,16 @@ def _is_peft_card(folder: Path) -> bool:
     return path.exists() and "library_name: peft\n" in path.read_text(encoding="utf-8")
 
 
-def _add_to_card(folder: Path, base_model: str | None) -> None:
+def _add_to_card(folder: Path, config: ReftConfig) -> None:
     path = folder / "README.md"
     if path.exists():
         card = ModelCard.load(path)
     else:
-        data = ModelCardData(library_name="peft", base_model=base_model or None)
+        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
     # PEFT replaces the tags each time it saves.
     card.data.tags = sorted({*(card.data.tags or []), "reft", "peft_reft"})
     if _CARD_HEADING not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
+        text = _CARD_TEXT.format(heading=_CARD_HEADING, loader=_LOADERS.get(config.task_type, "AutoPeftModel"))
+        card.text = f"{card.text.rstrip()}\n\n{text}"
     card.save(path)

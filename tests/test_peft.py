@@ -327,6 +327,18 @@ def test_the_model_card_says_to_import_peft_reft(tmp_path):
     assert "base_model:adapter:some-one/some-model" in card_of(tmp_path).data.tags
 
 
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_the_code_in_the_model_card_loads_the_adapter(tmp_path, task_type):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), reft(task_type=task_type))
+    model.save_pretrained(tmp_path / "adapter")
+    code = card_of(tmp_path / "adapter").content.partition("```python\n")[2].partition("```")[0]
+    scope: dict = {}
+    exec(code.replace("path/or/hub-id/of/this/adapter", str(tmp_path / "adapter")), scope)
+    assert torch.equal(logits(scope["model"]), logits(model))
+
+
 def test_a_card_above_named_adapters_says_to_import_peft_reft(tmp_path):
     get_peft_model(tiny.llama(), reft(), adapter_name="chat").save_pretrained(tmp_path)
     assert card_of(tmp_path).content.count("import peft_reft") == 1
