@@ -1,0 +1,329 @@
+"""Converts ReFT adapters that pyreft or AdapterHub's `adapters` saved into PEFT adapters with the same outputs.
+
+    python -m peft_reft.convert SRC DST --base-model NAME --positions f7+l7      # pyreft
+    python -m peft_reft.convert SRC DST                                          # adapters
+
+Of the base model only the configuration is read, no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from peft_reft import from_adapterhub, from_pyreft
+from peft_reft.config import ReftConfig
+from peft_reft.foreign import Edit, ForeignAdapter, Place
+from peft_reft.interventions import INTERVENTIONS, LowRankIntervention
+from peft_reft.layer import ReftLayer
+from peft_reft.positions import parse
+from peft_reft.sites import OUTPUT, find_sites
+
+ADAPTER = "default"
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# Where the rows of R are not orthonormal: the method with the same equation and any rows.
+_UNCONSTRAINED = {"loreft": "noreft", "direft": "nodireft", "consreft": "noreft", "lobireft": "nodireft"}
+_ORTHONORMAL = 1e-5
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    positions: str | None = None,
+    share_weights: bool = False,
+    *,
+    base_model: str | Path | PreTrainedModel | None = None,
+    intervention: str | None = None,
+    act_fn: str | None = None,
+    dropout: float | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    num_labels: int | None = None,
+) -> Path:
+    """Convert a folder saved by pyreft or by AdapterHub's `adapters` into a PEFT adapter with the same outputs.
+
+    Parameters of the base model that were trained too (a classification head) become `modules_to_save`.
+
+    Args:
+        source: the folder. Of pyreft: what `ReftModel.save` or `ReftTrainer` wrote, or the folder with its
+            `intervenable_model` inside; of adapters: what `save_adapter` wrote.
+        target: the folder to write, which must not exist or be empty.
+        positions: the tokens that pyreft edited, such as `"f7+l7"`; its folders do not tell. `adapters` stores it.
+        share_weights: whether pyreft edited all of them with the same weights (its argument of the same name).
+        base_model: name or folder of the base model, or the model (which stays as it is). `adapters` may store it.
+        intervention: the method, where the folder does not tell it.
+        act_fn: the activation pyreft was given. `adapters` stores it.
+        dropout: the dropout pyreft was given, 0 by default. `adapters` stores it.
+        task_type: PEFT's task type, which chooses the class of the base model; None for a model that is passed.
+        num_labels: number of labels of a classifier, if the base model's configuration has another.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: the folder is broken, contradicts the arguments, or holds what has no exact counterpart; the message
+            names the file and the key.
+        FileNotFoundError: a file, or the folder, is missing.
+        FileExistsError: `target` is not an empty folder.
+    """
+    source, target = Path(source), Path(target)
+    _check_target(target)
+    given = {"positions": positions, "share_weights": share_weights or None, "act_fn": act_fn, "dropout": dropout}
+    if _is_adapterhub(source):
+        _refuse_stored(source, given)
+        stored_name, stored_labels = from_adapterhub.base_model(source)
+        model = _skeleton(base_model or stored_name, task_type, num_labels or stored_labels)
+        adapter = from_adapterhub.read(source, model, intervention)
+    else:
+        if positions is None:
+            raise ValueError(
+                "pyreft stores no positions: give those that the adapter was trained with as positions (--positions), "
+                "for instance 'f7+l7'."
+            )
+        words = parse(positions, share_weights)
+        model = _skeleton(base_model, task_type, num_labels)
+        adapter = from_pyreft.read(source, model, words, intervention, act_fn, dropout or 0.0)
+    _build(_with_any_rows(adapter), model, task_type).save_pretrained(str(target))
+    return target
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; nothing is overwritten.")
+
+
+def _is_adapterhub(source: Path) -> bool:
+    """Whether the folder is of `adapters`, else it is of pyreft."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder.")
+    if from_adapterhub.is_adapterhub(source):
+        return True
+    if from_pyreft.is_pyreft(source):
+        return False
+    found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{source} is no adapter of pyreft (which has files intkey_*.bin, perhaps in {from_pyreft.TRAINER_FOLDER}) nor "
+        f"of adapters (whose {from_adapterhub.CONFIG} has a 'model_class'); it has {found}."
+    )
+
+
+def _refuse_stored(source: Path, given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is not needed: {source / from_adapterhub.CONFIG} stores it.")
+
+
+# The base model.
+
+
+def _skeleton(base: str | Path | PreTrainedModel | None, task_type: str | None, labels: int | None) -> PreTrainedModel:
+    """The base model on the meta device: names and shapes without weights."""
+    if isinstance(base, PreTrainedModel):
+        with torch.device("meta"):
+            return type(base)(deepcopy(base.config))
+    if not base:
+        raise ValueError(
+            "The base model is needed for the names of its modules: give its name or folder (only its configuration is "
+            "read), or the model, as base_model (--base-model)."
+        )
+    if task_type not in AUTO_CLASSES:
+        raise ValueError(f"task_type={task_type!r}: allowed are {sorted(AUTO_CLASSES)}; else pass the model itself.")
+    config = AutoConfig.from_pretrained(base, **({} if labels is None else {"num_labels": labels}))
+    with torch.device("meta"):
+        return getattr(transformers, AUTO_CLASSES[task_type]).from_config(config)
+
+
+# The PEFT model.
+
+
+def _with_any_rows(adapter: ForeignAdapter) -> ForeignAdapter:
+    """An adapter whose projection is not orthonormal, although it should be, as one of a method that does not ask."""
+    method = adapter.options["intervention"]
+    intervention = INTERVENTIONS[method]
+    deviation, source = max((_deviation(edit), edit.source) for edits in adapter.edits.values() for edit in edits)
+    if not (issubclass(intervention, LowRankIntervention) and intervention.orthonormal) or deviation <= _ORTHONORMAL:
+        return adapter
+    warnings.warn(
+        f"{source}: the rows of R are not orthonormal (R R^T differs from the identity by {deviation:.1e}; weight "
+        f"decay and training on from a loaded adapter do that to torch's parametrization). The adapter becomes "
+        f"{_UNCONSTRAINED[method]!r} in place of {method!r}, which has the same outputs.",
+        stacklevel=3,
+    )
+    edits = {
+        place: [e if e.weight is not None else e._replace(weight=torch.zeros_like(e.projection)) for e in edits]
+        for place, edits in adapter.edits.items()
+    }
+    return ForeignAdapter({**adapter.options, "intervention": _UNCONSTRAINED[method]}, edits, adapter.weights)
+
+
+def _deviation(edit: Edit) -> float:
+    rows = edit.projection.double()
+    return (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype)).abs().max().item()
+
+
+def _build(adapter: ForeignAdapter, model: PreTrainedModel, task_type: str | None) -> PeftModel:
+    """The skeleton with the adapter, whose weights alone are real."""
+    config = ReftConfig(
+        r=_rank(adapter),
+        **_where(list(adapter.edits)),
+        **adapter.options,
+        modules_to_save=list(_trained_modules(model, adapter.weights)) or None,
+        task_type=task_type,
+        inference_mode=True,
+    )
+    edits = {_site(model, config, place): edits for place, edits in adapter.edits.items()}
+    peft_model = get_peft_model(model, config, ADAPTER)
+    layers = {(each.site_name, each.side): each for each in peft_model.modules() if isinstance(each, ReftLayer)}
+    if layers.keys() != edits.keys():
+        raise ValueError(f"The adapter edits {sorted(edits)}, the converted one would edit {sorted(layers)}.")
+    for site, layer in layers.items():
+        _fill(layer, edits[site])
+    _fill_trained_modules(peft_model, adapter.weights)
+    return peft_model
+
+
+def _rank(adapter: ForeignAdapter) -> int:
+    ranks = {len(edit.projection): edit.source for edits in adapter.edits.values() for edit in edits}
+    if len(ranks) > 1:
+        described = " and ".join(f"{rank} ({source})" for rank, source in sorted(ranks.items()))
+        raise ValueError(f"The interventions have different ranks, {described}; an adapter has one.")
+    return next(iter(ranks))
+
+
+def _where(places: Sequence[Place]) -> dict[str, object]:
+    """The options of `ReftConfig` that select the places."""
+    if all(place.layer is None for place in places):
+        return {"target_modules": [place.component for place in places]}
+    components, layers = ({place[i] for place in places} for i in range(2))
+    if len(places) < len(components) * len(layers):
+        raise ValueError(
+            f"The interventions edit {', '.join(f'{c!r} of layer {n}' for c, n in places)}; several components have to "
+            "be on the same layers each."
+        )
+    return {"component": sorted(components), "layers_to_transform": sorted(layers)}
+
+
+def _site(model: PreTrainedModel, config: ReftConfig, place: Place) -> tuple[str, str]:
+    """Name of the module at a place of the bare model, and its side that is edited."""
+    if place.layer is None:
+        return place.component, OUTPUT
+    alone = deepcopy(config)
+    alone.component, alone.layers_to_transform = place.component, [place.layer]
+    (site,) = find_sites(model, alone)
+    return site.name, site.side
+
+
+def _fill(layer: ReftLayer, edits: list[Edit]) -> None:
+    """Put the weights of a site's edits into its intervention, in float32."""
+    intervention = layer.reft_intervention[ADAPTER]
+    for edit in edits:
+        if edit.projection.shape[1] != layer.out_features:
+            raise ValueError(
+                f"{edit.source} edits {edit.projection.shape[1]} features, but {layer.site_name!r} of the base model "
+                f"has {layer.out_features}: it is another model."
+            )
+    for name, _ in list(intervention.named_parameters()):
+        stacked = torch.stack([getattr(edit, name).float() for edit in edits])
+        setattr(intervention, name, nn.Parameter(stacked, requires_grad=False))
+
+
+# Trained parameters of the base model.
+
+
+def _trained_modules(model: nn.Module, weights: dict[str, torch.Tensor], prefix: str = "") -> Iterator[str]:
+    """The largest modules of which all parameters are in `weights`.
+
+    Raises:
+        ValueError: a weight is of no parameter, of another shape, or the only one of its module.
+    """
+    parameters = dict(model.named_parameters(prefix.rstrip("."), remove_duplicate=False))
+    for name in sorted(name for name in weights if name.startswith(prefix)):
+        if name not in parameters or parameters[name].shape != weights[name].shape:
+            wanted = f"[{', '.join(map(str, parameters[name].shape))}]" if name in parameters else "no such parameter"
+            raise ValueError(
+                f"Besides the interventions the folder has the weight {name!r} {list(weights[name].shape)}, of which "
+                f"the base model has {wanted}. Give the right base model, task_type (--task-type) and num_labels "
+                "(--num-labels), or take the weights out of (a copy of) the folder to convert the edits alone."
+            )
+    for name, child in model.named_children():
+        own = {key for key in parameters if key.startswith(f"{prefix}{name}.")}
+        if own and own <= weights.keys():
+            yield f"{prefix}{name}"
+        elif own & weights.keys():
+            yield from _trained_modules(child, weights, f"{prefix}{name}.")
+    single = [key for key, _ in model.named_parameters(prefix.rstrip("."), recurse=False) if key in weights]
+    if single:
+        raise ValueError(
+            f"The weight {single[0]!r} was trained, but not all of {prefix.rstrip('.')!r}; PEFT saves whole modules."
+        )
+
+
+def _fill_trained_modules(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    base = model.base_model.model
+    for name in model.peft_config[ADAPTER].modules_to_save or ():
+        try:
+            wrapper = base.get_submodule(name)
+        except AttributeError:
+            continue  # PEFT adds the usual names of classification heads
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        if not own:
+            raise ValueError(
+                f"PEFT saves {name!r} with adapters of the task type {model.peft_config[ADAPTER].task_type!r}, but the "
+                "folder has no weights for it. Pass the model itself as base_model, with task_type=None."
+            )
+        wrapper.modules_to_save[ADAPTER].load_state_dict(own, assign=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_reft.convert",
+        description="Convert a ReFT adapter of pyreft or of AdapterHub's adapters into a PEFT adapter with the same "
+        "outputs. Of the base model only the configuration is read.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder that pyreft or adapters saved")
+    parser.add_argument("target", metavar="DST", help="folder to write; must not exist or be empty")
+    parser.add_argument("--positions", help="tokens that pyreft edited, such as f7+l7 (adapters stores it)")
+    parser.add_argument(
+        "--share-weights", action="store_true", help="pyreft edited all positions with the same weights"
+    )
+    parser.add_argument("--base-model", help="name or folder of the base model")
+    parser.add_argument(
+        "--intervention", choices=sorted(_METHODS), help="the method, where the folder does not tell it"
+    )
+    parser.add_argument("--act-fn", help="activation that pyreft was given (adapters stores it)")
+    parser.add_argument("--dropout", type=float, help="dropout that pyreft was given (adapters stores it)")
+    parser.add_argument("--task-type", default="CAUSAL_LM", choices=sorted(AUTO_CLASSES), help="default: CAUSAL_LM")
+    parser.add_argument("--num-labels", type=int, help="labels of a classifier, if the base's configuration has others")
+    return parser
+
+
+_METHODS = tuple(name for name, method in INTERVENTIONS.items() if method.low_rank)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    try:
+        target = convert(options.pop("source"), options.pop("target"), **options)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+    print(f"Saved {target}")
+
+
+if __name__ == "__main__":
+    main()

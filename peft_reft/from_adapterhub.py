@@ -1,0 +1,189 @@
+"""Reads ReFT adapters that AdapterHub's `adapters` saved.
+
+A folder of `save_adapter` has an `adapter_config.json` with positions, sharing, dropout and activation, the weights by
+their names in the model, and the prediction head. It does not hold what tells NoReFT from DiReFT (adapters 1.3.0, which
+itself loads a saved DiReFT adapter as NoReFT).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, only_block_list, read_json, read_tensors
+
+CONFIG = "adapter_config.json"
+HEAD_CONFIG = "head_config.json"
+
+_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+_HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
+_KEY = re.compile(r"(?P<stack>.+)\.(?P<layer>\d+)\.reft_layer\.refts\.(?P<name>.+)\.units\.(?P<unit>[01])\.(?P<key>.+)")
+# orthogonality, subtract_projection -> the method; without the latter the first of two is what `adapters` would load.
+_METHODS = {
+    (True, True): "loreft",
+    (True, False): "direft",
+    (False, True): "noreft",
+    (False, False): "nodireft",
+}
+_ACTIVATIONS = {"leakyrelu": "leaky_relu"}
+
+
+def is_adapterhub(folder: Path) -> bool:
+    """Whether a folder holds an adapter of `adapters`, of any method."""
+    path = folder / CONFIG
+    return path.exists() and "peft_type" not in (config := read_json(path)) and "model_class" in config
+
+
+def base_model(folder: Path) -> tuple[str | None, int | None]:
+    """Name of the base model and number of labels that the folder names, None for what it does not."""
+    head = folder / HEAD_CONFIG
+    return read_json(folder / CONFIG).get("model_name") or None, read_json(head).get(
+        "num_labels"
+    ) if head.exists() else None
+
+
+def read(folder: Path, model: PreTrainedModel, intervention: str | None = None) -> ForeignAdapter:
+    """Read a folder, which `is_adapterhub`.
+
+    Args:
+        folder: the folder.
+        model: the base model, for its names; its weights are not read.
+        intervention: the method, needed for NoReFT and DiReFT.
+
+    Raises:
+        ValueError: the folder is broken, contradicts the arguments, or holds what has no exact counterpart.
+        FileNotFoundError: it lacks a file.
+    """
+    path = folder / CONFIG
+    full = read_json(path)
+    _check_class(full, model, path)
+    config = full.get("config")
+    if not isinstance(config, dict) or config.get("architecture") != "reft":
+        method = config.get("architecture") if isinstance(config, dict) else config
+        raise ValueError(f"{path}: only ReFT adapters have a counterpart, this one's 'architecture' is {method!r}.")
+    positions, units = _positions(config, path)
+    name = _method(config, intervention, path)
+    activation = config.get("non_linearity")
+    options = {
+        "intervention": name,
+        "positions": positions,
+        "share_weights": len(units) == 1,
+        "act_fn": activation and _ACTIVATIONS.get(activation.lower(), activation.lower()),
+        "dropout": _entry(config, "dropout", (int, float), path),
+    }
+    return ForeignAdapter(options, _edits(folder, config, units, name, model), _head(folder))
+
+
+def _check_class(config: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
+    name = str(config["model_class"])
+    # Classes with heads of `adapters` itself hold the same model, others have to be the very class.
+    if name != type(model).__name__ and not name.endswith("Model"):
+        raise ValueError(
+            f"{path}: the adapter was made for {name}, but the base model is {type(model).__name__}: give the right "
+            "task_type (--task-type), or the model itself."
+        )
+
+
+def _entry(config: dict[str, Any], key: str, kind: type | tuple[type, ...], path: Path) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: {key!r} is {value!r}.")
+    return value
+
+
+def _positions(config: dict[str, Any], path: Path) -> tuple[str, list[int]]:
+    """The positions, and which of the saved units serves each word (one for all, if there is only one)."""
+    first, last = (_entry(config, key, int, path) for key in ("prefix_positions", "suffix_positions"))
+    tied = _entry(config, "tied_weights", bool, path)
+    words = [f"f{first}"] * (first > 0) + [f"l{last}"] * (last > 0)
+    if not words:
+        raise ValueError(f"{path}: 'prefix_positions' and 'suffix_positions' are both 0, nothing is edited.")
+    units = [0] if tied else [0] * (first > 0) + [1] * (last > 0)
+    return "+".join(words), units
+
+
+def _method(config: dict[str, Any], asked: str | None, path: Path) -> str:
+    orthogonal = _entry(config, "orthogonality", bool, path)
+    subtracts = config.get("subtract_projection")
+    candidates = [_METHODS[orthogonal, known] for known in (True, False) if subtracts in (None, known)]
+    if asked is not None and asked not in candidates:
+        raise ValueError(f"intervention={asked!r}, but {path} fits {' or '.join(candidates)}.")
+    if asked is None and subtracts is None and not orthogonal:
+        raise ValueError(
+            f"{path} fits NoReFT and DiReFT alike: `adapters` does not save 'subtract_projection', in which they "
+            "differ. Say how it was trained with intervention (--intervention): 'noreft' for NoReftConfig, 'nodireft' "
+            "for DiReftConfig. ('adapters' loads it as NoReFT in either case.)"
+        )
+    return asked or candidates[0]
+
+
+def _edits(
+    folder: Path, config: dict[str, Any], units: list[int], method: str, model: PreTrainedModel
+) -> dict[Place, list[Edit]]:
+    path = _existing(folder, _WEIGHTS)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(_WEIGHTS)}.")
+    states: dict[tuple[int, int], dict[str, torch.Tensor]] = defaultdict(dict)
+    prefixes = {}
+    for key, tensor in read_tensors(path).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{path}: nothing is known of {key!r}; is it of another method than ReFT?")
+        where = _layer(match["stack"], int(match["layer"]), model, path), int(match["unit"])
+        states[where][match["key"]] = tensor
+        prefixes[where] = key.removesuffix(match["key"])
+    layers = {layer for layer, _ in states}
+    wanted = config.get("layers")
+    wanted = range(len(only_block_list(model).blocks)) if wanted == "all" else wanted
+    if not isinstance(wanted, (list, range)) or layers != set(wanted):
+        raise ValueError(
+            f"{path} has weights for the layers {sorted(layers)}, but {CONFIG} names {config['layers']!r}."
+        )
+    edits = {}
+    for layer in sorted(layers):
+        saved = [
+            _edit(Weights(states[layer, unit], path, prefixes.get((layer, unit), f"{layer}, unit {unit}: ")), config)
+            for unit in units
+        ]
+        edits[Place("block_output", layer)] = saved
+    return edits
+
+
+def _layer(stack: str, layer: int, model: PreTrainedModel, path: Path) -> int:
+    name = only_block_list(model).name
+    # Saved from a bare model, or converted for one, a prefix is missing.
+    if f".{name}".endswith(f".{stack}") or f".{stack}".endswith(f".{name}"):
+        return layer
+    raise ValueError(f"{path} has weights for {stack!r}, but the blocks of {type(model).__name__} are {name!r}.")
+
+
+def _edit(weights: Weights, config: dict[str, Any]) -> Edit:
+    if config["orthogonality"]:
+        projection = weights.take_orthogonal("projection", tall=False)
+    else:
+        projection = weights.take("projection.weight", None, None)
+    rank, features = projection.shape
+    weight, bias = weights.take("learned_source.weight", rank, features), weights.take("learned_source.bias", rank)
+    weights.finish()
+    return Edit(projection, weight, bias, f"{weights.source}: {weights.prefix}*")
+
+
+def _head(folder: Path) -> dict[str, torch.Tensor]:
+    path = _existing(folder, _HEAD_WEIGHTS)
+    weights = read_tensors(path) if path is not None else {}
+    foreign = [key for key in weights if key.startswith("heads.")]
+    if foreign:
+        raise ValueError(
+            f"{path}: the prediction head {foreign[0]!r} is one that only `adapters` has. "
+            "To convert the edits alone, take the head's files out of (a copy of) the folder."
+        )
+    return weights
+
+
+def _existing(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
