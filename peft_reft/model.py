@@ -20,7 +20,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.plan import DECODER, ENCODER
-from peft_reft.rows import Rows
+from peft_reft.rows import Rows, modules_around
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
 from peft_reft.steering import SteeringMixin
 from peft_reft.tracker import Entry, PromptTracker
@@ -287,7 +287,7 @@ class ReftModel(SteeringMixin, BaseTuner):
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT tells the weights of different methods apart by the names of their adapters."""
-    for module in model.modules():
+    for module in modules_around(model):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, ReftLayer):
             names = {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
             if adapter_name in names:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -135,7 +136,7 @@ class Rows:
         if self.adapters is None:
             return []
         if id(module) not in self._heads:
-            self._heads[id(module)] = [m for m in module.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+            self._heads[id(module)] = [m for m in modules_around(module) if isinstance(m, AuxiliaryTrainingWrapper)]
         return [head.register_forward_pre_hook(self._name_rows, with_kwargs=True) for head in self._heads[id(module)]]
 
     def _name_rows(self, head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -177,6 +178,16 @@ class Rows:
                 "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
             )
         return [row // (batch // count) for row in range(batch)]
+
+
+def modules_around(module: nn.Module) -> Iterator[nn.Module]:
+    """As `module.modules()`, without what is inside of adapter layers: hundreds of adapters take long to go through."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, BaseTunerLayer):
+            waiting.extend(module.children())
 
 
 def _member(layer: ReftLayer, name: str, subspaces: tuple[str, ...] | None) -> Member:
