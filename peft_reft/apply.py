@@ -38,7 +38,7 @@ def edit_tokens(
         if coordinates is not None and coordinates.dim() == 2:
             coordinates = coordinates.index_select(0, selection.rows // hidden.shape[1])
         edited = edit(flat.index_select(0, selection.rows).to(dtype), gate, coordinates)
-        return flat.index_add(0, selection.rows, edited.to(hidden.dtype)).view_as(hidden)
+        return shaped(flat.index_add(0, selection.rows, edited.to(hidden.dtype)), hidden.shape)
 
 
 def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,14 @@ def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -
         index = selection.index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         edit = stacked(hidden.gather(1, index).to(dtype), selection.codes)
         return hidden.scatter_add(1, index, edit.to(hidden.dtype))
+
+
+def shaped(fresh: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A tensor that nobody else holds in another shape, as `view`, but not a view for autograd.
+
+    FSDP2 hooks the outputs of blocks; a view that the model then changes in place would lose the hooks.
+    """
+    return fresh if fresh.shape == shape else torch.ops.aten._unsafe_view(fresh, shape)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft import merging
-from peft_reft.apply import edit_rows, edit_tokens, precise
+from peft_reft.apply import edit_rows, edit_tokens, precise, shaped
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
@@ -289,7 +289,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         plan = plan.of(grid)
         by_row = plan.rows is not None and plan.rows.adapters is not None
         edited = (self._edit_by_row if by_row else self._edit_alike)(plan, grid, name)
-        return hidden if edited is grid else edited.view_as(hidden)
+        return hidden if edited is grid else shaped(edited, hidden.shape)
 
     def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
         for adapter in self._editing():
@@ -314,7 +314,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             selection = self._selection_by_row(plan, edits, hidden, name)
             if selection is not None:
                 grid = hidden.unsqueeze(1) if hidden.dim() == 2 else hidden
-                hidden = edit_rows(edits.stacked(precise(hidden.dtype)), selection, grid).view_as(hidden)
+                hidden = shaped(edit_rows(edits.stacked(precise(hidden.dtype)), selection, grid), hidden.shape)
         return hidden
 
     @staticmethod
