@@ -75,6 +75,7 @@ class ReftModel(SteeringMixin, BaseTuner):
                 "The model to adapt is a PeftModel. To add ReFT to its adapters, adapt the model inside: "
                 "get_peft_model(model.get_base_model(), config, adapter_name='reft')."
             )
+        _refuse_loading_beside_disk(model)
         # Raises before anything is touched. Kept for the matching that follows, which sees names only.
         self._sites: dict[str, list[Site]] = {}
         for site in find_sites(model, peft_config):
@@ -295,6 +296,18 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
                     f"The model has an adapter {adapter_name!r} of another method ({type(module).__module__}) already, "
                     "and PEFT would mix up their weights when it saves them. Choose another adapter_name."
                 )
+
+
+def _refuse_loading_beside_disk(model: nn.Module) -> None:
+    # PEFT takes Accelerate's hooks off before it loads an adapter, and puts the model back on disk afterwards.
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if "disk" in device_map.values() and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise NotImplementedError(
+            "PEFT cannot load a ReFT adapter into a model with layers on disk (device_map): it would look for the "
+            "adapter's weights there. Do it in two steps:\n"
+            "    model = get_peft_model(base, PeftConfig.from_pretrained(folder))\n"
+            "    set_peft_model_state_dict(model, load_peft_weights(folder))"
+        )
 
 
 def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:
