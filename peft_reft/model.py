@@ -20,6 +20,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.plan import DECODER, ENCODER
+from peft_reft.quantized import allow_packing, forbid_packing
 from peft_reft.rows import Rows, modules_around
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
 from peft_reft.steering import SteeringMixin
@@ -31,8 +32,8 @@ class ReftModel(SteeringMixin, BaseTuner):
     Edits hidden representations of a frozen model (ReFT, Wu et al. 2024, https://arxiv.org/abs/2404.03592).
 
     **The model is changed in place**: every edited module gets a child `reft` and a forward hook, the model itself
-    two hooks and, if it generates, a stand-in for its `generate`. `unload()` undoes all of it. No weight of the model
-    changes, and none of its modules is replaced.
+    two hooks and, if it generates, a stand-in for its `generate`; 4-bit layers of bitsandbytes no longer repack their
+    weights on a CPU. `unload()` undoes all of it. No weight of the model changes, and none of its modules is replaced.
 
     Args:
         model (`torch.nn.Module`): The model to adapt.
@@ -324,6 +325,7 @@ def _tracker_of(model: nn.Module) -> PromptTracker | None:
 
 
 def _track(model: nn.Module) -> PromptTracker:
+    forbid_packing(model)
     tracker = PromptTracker()
     generates = bool(getattr(model, "can_generate", bool)())
     both = is_encoder_decoder(model)
@@ -356,6 +358,7 @@ def _untrack(model: nn.Module) -> None:
         for entry in entries.values():
             _remove_hooks(module, entry)
     TrackedGenerate.detach(model)
+    allow_packing(model)
 
 
 def _remove_hooks(module: nn.Module, owner: object) -> None:
