@@ -59,7 +59,7 @@ def _unpack(module: nn.Module) -> None:
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
     except ImportError as error:
         raise RuntimeError(
-            "bitsandbytes has repacked the model's 4-bit weights for a kernel without gradients, and this version of it "
+            "bitsandbytes has repacked the model's 4-bit weights for a kernel without gradients, and this version "
             "cannot unpack them. Load the model again and add the adapter before the first evaluation."
         ) from error
     weight, state = module.weight, module.weight.quant_state
