@@ -53,11 +53,7 @@ class Original:
 
         if isinstance(self.scales, torch.Tensor):
             return bnb.functional.int8_vectorwise_dequant(self.weight, self.scales)
-        weight, scales = self.weight, self.scales
-        if getattr(scales, "packing_format_for_cpu", False):
-            # The first pass in evaluation mode packed them for a CPU; unpacking changes the scales.
-            weight, scales = bnb.functional._convert_weight_packed_for_cpu_inverse(weight, copy.deepcopy(scales))
-        return bnb.functional.dequantize_4bit(weight, scales)
+        return bnb.functional.dequantize_4bit(self.weight, self.scales)
 
     def restore(self, linear: nn.Module) -> None:
         """Put them back, on the device (and, unless quantized, in the dtype) that the layer has by now."""

@@ -11,7 +11,6 @@ import tiny
 import torch
 from accelerate import cpu_offload
 from adapters import IDS, generated, layers_of, logits, lora, reft
-from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model
 from tiny import LAYERS, ZOO, in_float64
@@ -501,7 +500,7 @@ def test_shared_weights_are_refused():
 
 
 def test_layers_that_lora_has_wrapped_are_refused():
-    base = get_peft_model(tiny.llama(), lora(target_modules=["o_proj"])).base_model.model
+    base = get_peft_model(tiny.llama(), lora(target_modules=["o_proj"]), adapter_name="lora").base_model.model
     model = merging(base)
     with pytest.raises(ValueError, match=r"o_proj' the layer is wrapped by another PEFT method; merge that one first"):
         model.merge_adapter()
@@ -717,23 +716,3 @@ def test_a_merged_quantized_model_is_saved_and_loaded_as_a_plain_one(bits, kind,
     assert type(loaded.model.layers[0].mlp.down_proj) is kind
     assert loaded.model.layers[0].mlp.down_proj.bias.any()
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_weights_that_the_cpu_packed_are_merged_alike(tmp_path):
-    """CPUs with AVX512-BF16 pack 4-bit weights in place, in the first pass in evaluation mode."""
-    model = merging(quantized(tmp_path, 4))
-    packed = copy.deepcopy(model)
-    for block in packed.get_base_model().model.layers:
-        weight = block.self_attn.o_proj.weight
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-        assert weight.quant_state.packing_format_for_cpu
-    before = packed.get_base_model().model.layers[0].self_attn.o_proj.weight.data.clone()
-    model.merge_adapter()
-    packed.merge_adapter()
-    linears = [one.get_base_model().model.layers[0].self_attn.o_proj for one in (model, packed)]
-    outputs = [linear(torch.eye(64)) for linear in linears]
-    # Packing rounds the scales to bfloat16.
-    assert error(outputs[1], outputs[0]) < 2e-2
-    packed.unmerge_adapter()
-    assert linears[1].weight.quant_state.packing_format_for_cpu
-    assert torch.equal(linears[1].weight.data, before)
