@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
+import runpy
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -412,3 +417,36 @@ def test_other_quantizers(folder, config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(load(folder, config()), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+# The example script
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "qlora_sft.py"
+LAST_LINE = r"Exactly the answer of the data: base model \d, with adapter (\d) of 4"
+
+
+def test_the_script_trains_a_float32_adapter_on_a_base_in_four_bits(tmp_path, monkeypatch, capsys):
+    tiny.llama(max_position_embeddings=512, **SIZES).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    flags = {"model_name_or_path": tmp_path / "base", "output_dir": tmp_path, "max_steps": 1, "save_strategy": "no"}
+    line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+    monkeypatch.setattr("sys.argv", ["qlora_sft", *line])
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    saved = []
+    monkeypatch.setattr(SFTTrainer, "save_model", lambda self: saved.append(self.model))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert re.search(LAST_LINE, capsys.readouterr().out.splitlines()[-1])
+    (model,) = saved
+    layers = quantized_layers(model)
+    assert len(layers) == 21
+    assert all(m.weight.quant_type == "nf4" and m.weight.quant_state.nested for m in layers.values())
+    assert {p.dtype for p in adapter_state(model).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_the_script_teaches_the_bundled_model(tmp_path):
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--output_dir", tmp_path], capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(re.search(LAST_LINE, run.stdout.splitlines()[-1])[1]) >= 3, run.stdout
