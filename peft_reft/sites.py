@@ -372,5 +372,6 @@ def _own_width(module: nn.Module) -> int | None:
         return next((width for child in reversed(module) if (width := _own_width(child)) is not None), None)
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(module.children(), None) is None:
-        return weight.shape[0]
+        # DeepSpeed's ZeRO-3 holds none of it here and keeps the shape beside it.
+        return getattr(weight, "ds_shape", weight.shape)[0]
     return None
