@@ -378,7 +378,7 @@ def test_a_fresh_adapter_in_bfloat16_is_the_identity_up_to_its_rounding(folder, 
     for layer in layers_of(model):
         intervention = layer.reft_intervention["default"]
         edit = intervention(hidden)
-        subspace = hidden @ intervention.orthonormal_projection()[0].mT
+        subspace = hidden @ intervention.subspace()[0].mT
         assert 0 < edit.norm() < 2**-8 * subspace.norm()
 
 

@@ -56,7 +56,7 @@ def fresh_edit(model: PeftModel, batch: dict[str, torch.Tensor]) -> float:
     norms = []
 
     def record(intervention: torch.nn.Module, args: tuple, edit: torch.Tensor) -> None:
-        read = args[0] @ intervention.orthonormal_projection(torch.float32)[0].mT
+        read = args[0] @ intervention.subspace(torch.float32)[0].mT
         norms.append((edit.norm() / read.norm()).item())
 
     interventions = [m.reft_intervention["default"] for m in model.modules() if isinstance(m, ReftLayer)]
