@@ -92,9 +92,16 @@ def steer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directions:
 
 
 def finetune(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directions: dict[int, torch.Tensor], steps: int
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directions: dict[int, torch.Tensor],
+    steps: int,
+    heatmap: str | None = None,
 ) -> float:
-    """Train W and b of a LoReFT adapter in the frozen subspace of `directions`; loss of unseen pleased texts."""
+    """Train W and b of a LoReFT adapter in the frozen subspace of `directions`; loss of unseen pleased texts.
+
+    Draws the size of its edits into the file `heatmap`.
+    """
     data = [{"prompt": thing, "completion": f" {ending}."} for thing, ending in product(THINGS, PLEASED)]
     config = ReftConfig(r=1, positions="all", layers_to_transform=list(directions), task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
@@ -118,6 +125,11 @@ def finetune(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     score = -log_likelihood(trainer.model.eval(), tokenizer, texts(UNSEEN_THINGS, UNSEEN_PLEASED))
+    if heatmap is not None:
+        inputs = tokenizer(texts(UNSEEN_THINGS, UNSEEN_PLEASED)[0], return_tensors="pt").to(base.device)
+        labels = [tokenizer.decode([token]) for token in inputs["input_ids"][0]]
+        edit_norms(trainer.model, inputs).plot(labels).savefig(heatmap, dpi=120)
+        print(f"{heatmap} shows how much it edits the tokens of an unseen text")
     trainer.model.unload()
     return score
 
@@ -125,9 +137,9 @@ def finetune(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or path of a language model (default: the bundled SmolLM2)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 14, 16])
-    parser.add_argument("--scale", type=float, default=0.3, help="factor of the direction at strength 1")
-    parser.add_argument("--steps", type=int, default=12, help="training steps of each LoReFT adapter")
+    parser.add_argument("--layers", type=int, nargs="+", default=[10, 12, 14, 16, 18])
+    parser.add_argument("--scale", type=float, default=0.25, help="factor of the direction at strength 1")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each LoReFT adapter")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
@@ -148,8 +160,9 @@ def main() -> None:
     print(f"\nLoReFT, {arguments.steps} steps of W and b alone, in a frozen subspace of one dimension a layer:")
     print("negative log-likelihood of unseen pleased texts (nats a text)")
     print(f"  before training               {before:6.2f}")
-    print(f"  the subspace is the direction {finetune(base, tokenizer, directions, arguments.steps):6.2f}")
-    print(f"  a random one                  {finetune(base, tokenizer, random, arguments.steps):6.2f}")
+    print(f"  the subspace is a random one  {finetune(base, tokenizer, random, arguments.steps):6.2f}")
+    found_loss = finetune(base, tokenizer, directions, arguments.steps, heatmap="steering-norms.png")
+    print(f"  the subspace is the direction {found_loss:6.2f}")
 
 
 if __name__ == "__main__":
