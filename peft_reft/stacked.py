@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from peft_reft.interventions import Factors, Intervention, LowRankIntervention, RedIntervention
 
@@ -46,36 +47,29 @@ class StackedLowRank:
     @classmethod
     def of(cls, members: Sequence[Member], rows: torch.Tensor, dtype: torch.dtype) -> StackedLowRank:
         """Stack distinct `members`; `rows` int64 `[b]` gives the member of each row, -1 for none."""
-        device = members[0].intervention.projection.device
-        units, ranks = zip(*(m.intervention.projection.shape[:2] for m in members), strict=True)
-        columns = max(u * r for u, r in zip(units, ranks, strict=True))
-        features = members[0].intervention.projection.shape[2]
+        columns = max(m.intervention.projection.shape[:2].numel() for m in members)
+        groups = _alike(members)
+        parts = [_columns([members[i] for i in group], columns, dtype) for group in groups]
+        place = torch.empty(len(members) + 1, dtype=torch.long)
+        place[[i for group in groups for i in group]] = torch.arange(len(members))
         # One more, all zero, for rows without an edit: index -1.
-        left = torch.zeros(len(members) + 1, columns, features, dtype=dtype, device=device)
-        right, removed = torch.zeros_like(left), torch.zeros_like(left)
-        bias = left.new_zeros(left.shape[:2])
-        gain = torch.zeros(left.shape[:2], dtype=torch.float64)
-        unit = torch.zeros(left.shape[:2], dtype=torch.int8)
-        for alike in _alike(members):
-            factors = _factors([members[i] for i in alike], dtype)
-            index = torch.tensor(alike, device=device)
-            used = factors.bias.shape[1]
-            gain[alike, :used] = _gain([members[i] for i in alike])
-            unit[alike, :used] = _unit_of_column(members[alike[0]].intervention)
-            left[index, :used], bias[index, :used] = factors.left, factors.bias
-            if factors.right is not None:
-                right[index, :used] = factors.right
-            if factors.removed is not None:
-                removed[index, :used] = factors.removed
-        rows = rows.to(device)
-        activations = _activations(members, rows)
+        place[-1] = len(members)
+        place = place[rows]
+
+        def by_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            zero = tensors[0].new_zeros(1, *tensors[0].shape[1:])
+            return torch.cat([*tensors, zero]).index_select(0, place.to(zero.device))
+
+        left, right, removed, bias, gain, unit = zip(*parts, strict=True)
+        device = left[0].device
+        activations = _activations(members, rows.to(device))
         return cls(
-            left[rows],
-            right[rows],
-            removed[rows] if activations else None,
-            bias[rows],
-            gain.to(dtype).to(device)[rows],
-            unit.to(device)[rows],
+            by_row(left),
+            by_row(right),
+            by_row(removed) if activations else None,
+            by_row(bias),
+            by_row(gain).to(device),
+            by_row(unit).to(device),
             activations,
         )
 
@@ -152,6 +146,20 @@ def _alike(members: Sequence[Member]) -> list[list[int]]:
         own = member.intervention
         groups.setdefault((type(own), own.projection.shape, own.affine), []).append(i)
     return list(groups.values())
+
+
+def _columns(members: Sequence[Member], columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The fields of `StackedLowRank` for members that are alike, with `n` for `b`; the last two on the CPU."""
+    factors = _factors(members, dtype)
+    behind = columns - factors.bias.shape[1]
+    zero = torch.zeros_like(factors.left)
+    matrices = (zero if m is None else m for m in (factors.left, factors.right, factors.removed))
+    vectors = (
+        factors.bias,
+        _gain(members).to(dtype),
+        _unit_of_column(members[0].intervention).expand(len(members), -1),
+    )
+    return (*(pad(m, (0, 0, 0, behind)) for m in matrices), *(pad(v, (0, behind)) for v in vectors))
 
 
 def _factors(members: Sequence[Member], dtype: torch.dtype) -> Factors:

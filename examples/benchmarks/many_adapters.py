@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -77,6 +78,7 @@ def main() -> None:
                 model.add_adapter(f"a{i}", CONFIGS[name]())
             runs[name] = partial(once, model.eval(), ids, args.steps, adapter_names=names)
         results += compare(runs, count, args.rounds)
+        print(f"{count} adapters: done", file=sys.stderr)
     loading = {name: load_times(make, args.load) for name, make in CONFIGS.items()}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"one thread of {processor()}"
     print(
