@@ -131,15 +131,16 @@ def seen(trainer: SFTTrainer) -> dict[str, Any]:
 def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     # A process that waits in vain gives up.
-    seconds = 60
+    seconds = 120
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         settings = {"ddp_backend": "gloo", "ddp_timeout": seconds}
     else:
         settings = {"use_cpu": True}
+        # Not cpu:0 and cpu:1, where Transformers 5.5 cannot load a checkpoint to.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # Accelerate shards between accelerators only, so the CPU passes for one.
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        # Accelerate shards between GPUs and their like only, so the CPUs pass for some.
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
     for name in names:
         train(Path(folder), name, int(os.environ["WORLD_SIZE"]), **settings)
