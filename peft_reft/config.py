@@ -96,7 +96,8 @@ class ReftConfig(PeftConfig):
             Activation on `W h + b`, a name that Transformers knows; none by default.
         subspaces (`Dict[str, int]`):
             Splits the `r` dimensions into named groups, for instance `{"style": 4, "task": 4}`, which can be edited
-            (and trained) separately: see `set_subspaces` of [`ReftModel`] and the argument `subspaces` of `forward`.
+            (and trained) separately, in alphabetical order: see `set_subspaces` of [`ReftModel`] and the argument
+            `subspaces` of `forward`.
         freeze_subspace (`bool`):
             Whether the edited subspace stays as it is, so that only what is written into it is learned.
         init_weights (`Union[bool, Literal["pyreft"]]`):
@@ -189,9 +190,10 @@ class ReftConfig(PeftConfig):
 
     @property
     def coordinates(self) -> dict[str, range]:
-        """Name of each of `subspaces` -> its coordinates among the `r`."""
+        """Name of each of `subspaces`, in alphabetical order -> its coordinates among the `r`."""
+        # PEFT sorts the names when it saves them.
         coordinates, begin = {}, 0
-        for name, size in (self.subspaces or {}).items():
+        for name, size in sorted((self.subspaces or {}).items()):
             coordinates[name] = range(begin, begin + size)
             begin += size
         return coordinates

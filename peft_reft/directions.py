@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from peft_reft.sites import BlockList, block_lists
 
 _BATCH = 16
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, after which every module is back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -107,12 +119,10 @@ def _last_states(
         block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in numbers
     ]
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     try:
-        model(input_ids=padded.to(device), attention_mask=mask.to(device))
+        with evaluating(model):
+            model(input_ids=padded.to(device), attention_mask=mask.to(device))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return torch.stack([states[n] for n in numbers])

@@ -141,9 +141,7 @@ def _edits(
     wanted = config.get("layers")
     wanted = range(len(only_block_list(model).blocks)) if wanted == "all" else wanted
     if not isinstance(wanted, (list, range)) or layers != set(wanted):
-        raise ValueError(
-            f"{path} has weights for the layers {sorted(layers)}, but {CONFIG} names {config['layers']!r}."
-        )
+        raise ValueError(f"{path} has weights for the layers {sorted(layers)}, but {CONFIG} names {wanted!r}.")
     edits = {}
     for layer in sorted(layers):
         saved = [

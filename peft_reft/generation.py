@@ -98,6 +98,10 @@ class Generation:
         setattr(cache, Turns.ATTRIBUTE, Turns(prompt, sequences[:, -1]))
 
 
+# What `generate` can be given in place of token ids.
+_INPUTS = ("inputs_embeds", "input_features", "input_values")
+
+
 class TrackedGenerate:
     """Stands in for `model.generate`: the same call, with the prompt known to the model's `ReftLayer`s.
 
@@ -148,8 +152,10 @@ class TrackedGenerate:
     def _rows(self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], own: Mapping[str, Any]) -> Rows | None:
         rows = Rows.of(own, self.tracker.rows)
         if rows is not None:
-            given = next((v for v in (ids, kwargs.get("inputs_embeds")) if v is not None), None)
+            given = next((v for v in (ids, *map(kwargs.get, _INPUTS)) if v is not None), None)
             rows.check(self.tracker.adapters, self.model.training, None if given is None else given.shape[0])
+            # From here on beams and returned sequences repeat rows.
+            rows.checked = True
         return rows
 
     def _generate(

@@ -129,7 +129,7 @@ class Intervention(nn.Module):
         edit = self.edit(hidden, gate, coordinates, session)
         if strength != 1.0:
             edit = strength * edit
-        if self.training and self.dropout.p > 0:
+        if self.training and self.dropout.p > 0 and strength != 0:
             edit = self.dropout(hidden + edit) - hidden
             if gate is not None:
                 edit = edit * gate.sum(-1, keepdim=True)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -54,6 +54,14 @@ class AdapterSettings:
         return mask
 
 
+class Action(NamedTuple):
+    """What an adapter does in one pass; `coordinates` as in `AdapterSettings`."""
+
+    adapter: str
+    strength: float
+    coordinates: torch.Tensor | None
+
+
 class ReftLayer(nn.Module, BaseTunerLayer):
     """Holds the interventions of all adapters at one site, and applies the active ones in the order they were given.
 
@@ -74,7 +82,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = site.features
         self.site_name = site.name
         self.side = site.side
-        self.index = site.index
+        self.index, self.depth = site.index, site.depth
         self.stream = site.stream
         self.tracker = tracker
         self.reft_intervention = nn.ModuleDict()
@@ -84,6 +92,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._handle: RemovableHandle | None = None
         self._unmerged: merging.Original | None = None
+        self._merged_edits: dict[str, merging.Edit] = {}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -135,6 +144,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Take the layer and its hook from the module that it was attached to."""
         del module._modules[CHILD_NAMES[self.side]]
         self._handle.remove()
+
+    def is_in(self, block: int) -> bool:
+        """Whether the layer is at, or in, the block of this number; negative numbers count from the end."""
+        return self.index is not None and self.index in (block, block + self.depth)
 
     def update_layer(self, adapter_name: str, config: ReftConfig, module: nn.Module) -> None:
         """Add an adapter, on the device of `module`, in float32."""
@@ -204,10 +217,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.reft_intervention]
         if not names:
             return
-        names = [*self.merged_adapters, *names]
         original = self._unmerged or merging.Original(module)
-        merging.merge(module, original, [self.affine_edit(name) for name in names], safe, self.site_name)
-        self._unmerged, self.merged_adapters = original, names
+        # Those of adapters that are merged already stay as they were at that time.
+        edits = self._merged_edits | {name: self.affine_edit(name) for name in names}
+        merging.merge(module, original, list(edits.values()), safe, self.site_name)
+        self._unmerged, self._merged_edits, self.merged_adapters = original, edits, list(edits)
 
     def affine_edit(self, adapter_name: str) -> merging.Edit:
         """An adapter's edit as a function of hidden representations, without positions."""
@@ -229,7 +243,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Give the edited module back the weights that it had before anything was merged, bit for bit."""
         if self._unmerged is not None:
             self._unmerged.restore(module)
-        self._unmerged, self.merged_adapters = None, []
+        self._unmerged, self._merged_edits, self.merged_adapters = None, {}, []
+
+    def forget_original(self) -> None:
+        """Make what is merged so for good."""
+        self._unmerged = None
 
     def forward(self, hidden: Any) -> Any:
         """What it is given: an edited `nn.Sequential` runs through all of its children."""
@@ -258,21 +276,36 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     @property
     def _idle(self) -> bool:
-        if self._disable_adapters:
-            return True
-        rows = self.tracker.plan(self.stream).rows
-        names = self._editing() if rows is None or rows.adapters is None else rows.adapters
-        return not any(name in self.reft_intervention for name in names)
+        plan = self.tracker.plan(self.stream)
+        if plan.rows is not None and self.merged_adapters:
+            raise ValueError(
+                f"Cannot pass `{plan.rows.argument}` when there are merged adapters, please call `unmerge_adapter` "
+                "first."
+            )
+        if plan.rows is None or plan.rows.adapters is None:
+            return not self._actions(plan)
+        return self._disable_adapters or not any(name in self.reft_intervention for name in plan.rows.adapters)
 
-    def _editing(self) -> list[str]:
-        """The adapters that edit here, where rows do not choose their own."""
-        return [
-            name
-            for name in self.active_adapters
-            if name in self.reft_intervention
-            and name not in self.merged_adapters
-            and self.reft_settings[name].strength != 0
-        ]
+    def _actions(self, plan: Plan) -> tuple[Action, ...]:
+        """What adapters do here, where rows do not choose their own: in all of a pass what was set at first.
+
+        So a checkpointed module does the same once more in the backward pass, whatever was set in between.
+        """
+        if torch.compiler.is_compiling():
+            return self._current_actions()
+        if self not in plan.actions:
+            plan.actions[self] = self._current_actions()
+        return plan.actions[self]
+
+    def _current_actions(self) -> tuple[Action, ...]:
+        actions = []
+        for name in () if self._disable_adapters else self.active_adapters:
+            if name in self.reft_intervention and name not in self.merged_adapters:
+                settings = self.reft_settings[name]
+                # In training the parameters get their gradients, which are zero.
+                if settings.strength != 0 or self.training:
+                    actions.append(Action(name, settings.strength, settings.coordinates))
+        return tuple(actions)
 
     def _edit(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """`hidden` itself where nothing is edited."""
@@ -281,32 +314,36 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"{name} {tuple(hidden.shape)}, but its adapters were built for "
                 f"{self.out_features} features. Give the module the right out_features, or target another one."
             )
-        plan = self.tracker.plan(self.stream)
-        grid = hidden
+        whole_plan = self.tracker.plan(self.stream)
+        plan, grid = whole_plan, hidden
         if hidden.dim() == 2 and plan.shape is not None and len(hidden) == plan.shape[0] * plan.shape[1]:
             # Some models put all tokens on one axis for a while.
             grid = hidden.unflatten(0, plan.shape)
         plan = plan.of(grid)
-        by_row = plan.rows is not None and plan.rows.adapters is not None
-        edited = (self._edit_by_row if by_row else self._edit_alike)(plan, grid, name)
+        if plan.rows is not None and plan.rows.adapters is not None:
+            edited = self._edit_by_row(plan, grid, name)
+        else:
+            edited = self._edit_alike(plan, grid, name, self._actions(whole_plan))
         return hidden if edited is grid else shaped(edited, hidden.shape)
 
-    def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
-        for adapter in self._editing():
-            settings = self.reft_settings[adapter]
+    def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str, actions: tuple[Action, ...]) -> torch.Tensor:
+        for action in actions:
+            positions, intervention = (
+                self.reft_settings[action.adapter].positions,
+                self.reft_intervention[action.adapter],
+            )
             # [rows, features]: without a token axis every row counts.
-            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(settings.positions, hidden, name)
+            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(positions, hidden, name)
             if selection is None:
                 continue
-            intervention = self.reft_intervention[adapter]
-            edit = partial(intervention, strength=settings.strength, session=self.tracker.generation)
-            coordinates = self._coordinates(adapter, plan.rows, hidden)
-            hidden = edit_tokens(edit, selection, hidden, settings.positions.units, coordinates)
+            edit = partial(intervention, strength=action.strength, session=self.tracker.generation)
+            coordinates = self._coordinates(action, plan.rows, hidden)
+            hidden = edit_tokens(edit, selection, hidden, positions.units, coordinates)
         return hidden
 
-    def _coordinates(self, adapter: str, rows: Rows | None, hidden: torch.Tensor) -> torch.Tensor | None:
-        by_row = None if rows is None else rows.coordinates(self, adapter, len(hidden))
-        coordinates = self.reft_settings[adapter].coordinates if by_row is None else by_row
+    def _coordinates(self, action: Action, rows: Rows | None, hidden: torch.Tensor) -> torch.Tensor | None:
+        by_row = None if rows is None else rows.coordinates(self, action.adapter, len(hidden))
+        coordinates = action.coordinates if by_row is None else by_row
         return None if coordinates is None else coordinates.to(hidden.device, precise(hidden.dtype))
 
     def _edit_by_row(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reft.interventions import Intervention
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass
 class Edit:
@@ -89,9 +91,29 @@ def obstacle(module: nn.Module, positions: str, intervention: Intervention, side
         )
     if module.weight.is_meta:
         return "its weights are offloaded; load the whole model into memory"
-    if not _quantized(module) and not (type(module.weight) is nn.Parameter and module.weight.is_floating_point()):
+    if _quantized(module):
+        return None
+    if not (type(module.weight) is nn.Parameter and module.weight.dtype in _DTYPES):
         return f"its weights are stored as {type(module.weight).__name__} {module.weight.dtype}, which is not supported"
+    if not _is_affine(module):
+        return f"{type(module).__name__} does not compute its weight times its input plus its bias"
     return None
+
+
+@torch.no_grad()
+def _is_affine(linear: nn.Module) -> bool:
+    """Whether a linear layer computes what merging assumes; subclasses may have a forward pass of their own."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = linear.weight if isinstance(linear, Conv1D) else linear.weight.mT
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, weight.shape[0], generator=generator).to(weight)
+    expected = inputs @ weight + (0 if linear.bias is None else linear.bias)
+    try:
+        outputs = type(linear).forward(linear, inputs)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return outputs.shape == expected.shape and bool((outputs - expected).norm() < 1e-2 * expected.norm())
 
 
 def merge(linear: nn.Module, original: Original, edits: Sequence[Edit], safe: bool, name: str) -> None:
@@ -231,6 +253,7 @@ def add_biases(model: PreTrainedModel, flags: dict[str, list[str]], created: dic
     _switch_on(model.config, flags)
     for name, shape in created.items():
         module = model.get_submodule(name.rpartition(".")[0])
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if module.bias is None:
             zeros = torch.zeros(shape, dtype=_weight_dtype(module), device=module.weight.device)
             module.bias = nn.Parameter(zeros, requires_grad=False)

@@ -271,7 +271,14 @@ class ReftModel(SteeringMixin, BaseTuner):
         self._check_merge_allowed(adapter_names)
         plain = isinstance(self.model, PreTrainedModel)
         flags = merging.bias_flags(self.model, self._new_biases(adapter_names)) if plain else None
-        self.merge_adapter(adapter_names, safe_merge)
+        if safe_merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        else:
+            # Nothing can fail any more, so that one layer's original weights at a time are enough.
+            for module, layer in list(layers(self.model)):
+                with onload_layer(module):
+                    layer.merge_into(module, adapter_names, False)
+                layer.forget_original()
         if flags is not None:
             merging.add_biases(self.model, *flags)
 

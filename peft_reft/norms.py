@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_reft.components import INPUT
+from peft_reft.directions import evaluating
 from peft_reft.layer import ReftLayer, first_tensor, layers
 from peft_reft.plan import DECODER
 
@@ -72,41 +74,39 @@ def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None =
         raise ValueError("The model has no ReFT adapters" + (f" in its {stream}." if stream else "."))
     if len(streams) > 1:
         raise ValueError(f"The adapters edit both stacks; choose one with stream='encoder' or stream={DECODER!r}.")
-    before: dict[ReftLayer, torch.Tensor] = {}
-    after: dict[ReftLayer, torch.Tensor] = {}
-    handles = [handle for module, layer in places for handle in _watch(module, layer, before, after)]
-    training = model.training
-    model.eval()
+    sizes: dict[ReftLayer, torch.Tensor] = {}
+    handles = [handle for module, layer in places for handle in _watch(module, layer, sizes)]
     try:
-        model(**inputs)
+        with evaluating(model):
+            model(**inputs)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
-    seen = [layer for _, layer in places if layer in before]
-    columns = [_relative(before[layer], after[layer]) for layer in seen]
+    seen = [layer for _, layer in places if layer in sizes]
     names = (layer.site_name + (" input" if layer.side == INPUT else "") for layer in seen)
-    return EditNorms(torch.stack(columns, dim=-1), tuple(names))
+    return EditNorms(torch.stack([sizes[layer] for layer in seen], dim=-1), tuple(names))
 
 
-def _watch(module: nn.Module, layer: ReftLayer, before: dict, after: dict) -> list:
-    """Hooks that keep what a layer is given, and what it makes of it."""
+def _watch(module: nn.Module, layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[RemovableHandle]:
+    """Hooks around that of a layer, which measure its edits."""
+    before: list[torch.Tensor] = []
 
-    def keep(store: dict[ReftLayer, torch.Tensor], value: Any) -> None:
-        store[layer] = first_tensor(value).detach()
+    def measure(value: Any) -> None:
+        sizes[layer] = _relative(before.pop(), first_tensor(value))
+
+    def given(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return args[0] if args else kwargs["hidden_states"]
 
     if layer.side == INPUT:
-
-        def given(store: dict, args: tuple, kwargs: dict) -> None:
-            keep(store, args or {"hidden_states": kwargs["hidden_states"]})
-
         return [
-            module.register_forward_pre_hook(lambda m, a, k: given(before, a, k), prepend=True, with_kwargs=True),
-            module.register_forward_pre_hook(lambda m, a, k: given(after, a, k), with_kwargs=True),
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs: before.append(given(args, kwargs)), prepend=True, with_kwargs=True
+            ),
+            module.register_forward_pre_hook(lambda m, args, kwargs: measure(given(args, kwargs)), with_kwargs=True),
         ]
     return [
-        module.register_forward_hook(lambda m, a, output: keep(before, output), prepend=True),
-        module.register_forward_hook(lambda m, a, output: keep(after, output)),
+        module.register_forward_hook(lambda m, args, output: before.append(first_tensor(output)), prepend=True),
+        module.register_forward_hook(lambda m, args, output: measure(output)),
     ]
 
 

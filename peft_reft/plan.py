@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -90,6 +90,8 @@ class Plan:
         self.shape = shape
         self.training = training
         self.rows = rows
+        # What each layer does in this pass.
+        self.actions: dict[Hashable, Any] = {}
         self._codes = codes
         self._selections: dict[tuple[Positions | RowPositions, torch.device], Selection | RowSelection | None] = {}
 
@@ -113,7 +115,9 @@ class Plan:
 
     def selection_by_row(self, positions: RowPositions, hidden: torch.Tensor, name: str) -> RowSelection | None:
         """As `selection`, for rows that have their own position spec each."""
-        if not any(spec.needs_prompt for spec in positions.masks) and self._cut(hidden):
+        # Only a head's single token: rows of other modules, such as a vision tower's, may not be those of the batch.
+        last_alone = self._cut(hidden) and hidden.shape[1] == 1
+        if last_alone and not any(spec.needs_prompt for spec in positions.masks):
             return RowSelection(torch.ones(hidden.shape[:2], dtype=torch.int8, device=hidden.device))
         self._check_shape(next(iter(positions.masks)), hidden, name)
         key = (positions, hidden.device)

@@ -86,6 +86,11 @@ class Rows:
             subspaces = outer.subspaces if subspaces is None else subspaces
         return cls(adapters, subspaces)
 
+    @property
+    def argument(self) -> str:
+        """Name of the argument that asks."""
+        return "subspaces" if self.adapters is None else "adapter_names"
+
     def check(self, adapters: Mapping[str, Iterable[str]], training: bool, batch: int | None) -> None:
         """Refuse what cannot be meant, in the words of PEFT where it has some.
 

@@ -29,6 +29,7 @@ class Site:
             model, `"encoder"`.
         side: whether its `"output"` or its `"input"` is edited.
         index: number of the block that it is, or is in.
+        depth: number of blocks there.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site:
     stream: str = DECODER
     side: str = OUTPUT
     index: int | None = None
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,9 @@ def _component_sites(lists: list[BlockList], component: str, config: ReftConfig)
             if found is not None:
                 name, module, side = found
                 name = f"{block_list.name}.{index}" + (f".{name}" if name else "")
-                sites.append(Site(name, module, block_list.hidden_size, block_list.stream, side, index))
+                sites.append(
+                    Site(name, module, block_list.hidden_size, block_list.stream, side, index, len(block_list.blocks))
+                )
     # Hybrid models have attention in some blocks only.
     if not sites:
         raise ValueError(
@@ -308,7 +312,9 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
         if restricted and (home is None or index not in _indices(len(home.blocks), config)):
             continue
         width = _features(model, name, module, home)
-        sites.append(Site(name, module, width, streams.get(module, DECODER), index=index))
+        sites.append(
+            Site(name, module, width, streams.get(module, DECODER), index=index, depth=len(home.blocks) if home else 0)
+        )
     if not sites:
         layers = f" in layers_to_transform={config.layers_to_transform!r}" if _layers(config) is not None else ""
         layers += f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""

@@ -44,8 +44,10 @@ class SteeringMixin:
     def set_subspaces(self, adapter: str, names: str | Sequence[str] | None) -> None:
         """Edit (and train) only the named ones of an adapter's `subspaces`, from now on; None for all of them.
 
-        All of them share one orthonormal frame, whose later rows are orthogonalized against the earlier ones. So
-        training one subspace leaves those before it in `ReftConfig.subspaces` as they are, and turns those after it.
+        Not saved with the adapter. Where a method has orthonormal rows, all subspaces share one frame, whose later rows
+        are orthogonalized against the earlier ones, in alphabetical order of their names. So training one subspace
+        turns those after it, and leaves those before it as they are. For the latter take a new optimizer for each,
+        without weight decay: momentum and decay move parameters whose gradients are zero.
 
         Raises:
             ValueError: there is no such adapter, it is merged, or it has no such subspace.
@@ -77,7 +79,7 @@ class SteeringMixin:
 
         Args:
             adapter: its name.
-            layer: number of the block, or the name of the edited module (or an ending of it).
+            layer: number of the block, from the end if negative, or the name of the edited module (or its ending).
 
         Returns:
             float32 `[r, d]`; `[units, r, d]` when the words of `positions` have weights of their own. `R` of the
@@ -103,8 +105,8 @@ class SteeringMixin:
             adapter: its name.
             directions: layer, as in `subspace` -> `[r, d]` (`[d]` for one direction), linearly independent, or
                 `[units, r, d]`.
-            trainable: whether training may turn the subspace; if not, `freeze_subspace` is set, and only `W` and `b`
-                are learned.
+            trainable: whether training may turn the subspaces of the adapter, at all of its layers; if not,
+                `freeze_subspace` is set, and only `W` and `b` are learned.
 
         Raises:
             ValueError: no such adapter or layer, a merged adapter, or directions that cannot span the adapter's
@@ -171,6 +173,11 @@ class SteeringMixin:
         name, first = adapters[0], self.peft_config[adapters[0]]
         for other, layers_of_other in zip(adapters, places, strict=True):
             config = self.peft_config[other]
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"Adapter {other!r} trains whole modules or tokens (modules_to_save, trainable_token_indices), "
+                    "which cannot be added."
+                )
             if config.parsed_positions != first.parsed_positions:
                 raise ValueError(f"Adapters {name!r} and {other!r} edit different tokens (positions, share_weights).")
             if layers_of_other != places[0]:
@@ -204,7 +211,7 @@ class SteeringMixin:
         found = [
             place
             for place in candidates
-            if (place.index == layer if isinstance(layer, int) else f".{place.site_name}".endswith(f".{layer}"))
+            if (place.is_in(layer) if isinstance(layer, int) else f".{place.site_name}".endswith(f".{layer}"))
         ]
         if len(found) != 1:
             names = ", ".join(repr(place.site_name) for place in (found or candidates))

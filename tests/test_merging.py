@@ -716,3 +716,37 @@ def test_a_merged_quantized_model_is_saved_and_loaded_as_a_plain_one(bits, kind,
     assert type(loaded.model.layers[0].mlp.down_proj) is kind
     assert loaded.model.layers[0].mlp.down_proj.bias.any()
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("row_options", [{"adapter_names": ["default", "__base__"]}, {"subspaces": [["a"], []]}])
+def test_rows_of_their_own_are_refused_on_a_merged_model_whoever_calls(row_options):
+    model = merging(subspaces={"a": 4})
+    model.merge_adapter()
+    (argument,) = row_options
+    for entry in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=f"Cannot pass `{argument}` when there are merged adapters"):
+            entry(input_ids=IDS, **row_options)
+
+
+def test_what_is_merged_stays_as_it_was_when_more_is_merged():
+    model = merging()
+    model.add_adapter("other", reft(positions="all", component="attention_output"))
+    with model.strength("default", 0.5):
+        expected = logits(model)
+        model.merge_adapter(["default"])
+    model.set_strength("other", 0)
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def test_a_linear_layer_with_a_forward_pass_of_its_own_is_refused():
+    base = tiny.llama()
+    old = base.model.layers[1].self_attn.o_proj
+    base.model.layers[1].self_attn.o_proj = Doubling(old.in_features, old.out_features, bias=False)
+    with pytest.raises(ValueError, match="Doubling does not compute its weight times its input"):
+        merging(base).merge_adapter()

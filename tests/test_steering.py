@@ -460,3 +460,64 @@ def test_the_heatmap_shows_the_norms_of_one_row():
 def test_a_model_without_adapters_has_no_edits():
     with pytest.raises(ValueError, match="no ReFT adapters"):
         edit_norms(tiny.llama(), {"input_ids": IDS})
+
+
+# What is set holds for whole passes, and is what was asked for
+
+
+def test_subspaces_keep_their_coordinates_whatever_the_order_of_their_names(tmp_path):
+    model = wrap(subspaces={"task": 1, "style": 3})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    for names in ("style", "task"):
+        with model.only_subspaces("default", names), loaded.only_subspaces("default", names):
+            assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("component", ["attention_output", "block_output"])
+def test_what_was_set_in_the_forward_pass_holds_in_its_replay(component, reentrant):
+    def gradients(checkpoint: bool):
+        model = wrap(subspaces=GROUPS, positions="all", component=component).train()
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with model.only_subspaces("default", "task"), model.strength("default", 0.5):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return [p.grad for i in interventions(model).values() for p in i.parameters()]
+
+    for got, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_strength_zero_in_training_gives_gradients_of_zero():
+    model = wrap(positions="all").train()
+    model.set_strength("default", 0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for i in interventions(model).values() for p in i.parameters())
+
+
+def test_layers_count_from_the_end_too():
+    model = wrap(r=1)
+    assert torch.equal(model.subspace("default", -1), model.subspace("default", tiny.LAYERS - 1))
+    texts = (["good", "fine"], ["bad", "awful"])
+    directions = directions_from_pairs(model, Letters(), *texts, layers=[-1])
+    model.set_directions("default", directions)
+    direction = directions[-1] / directions[-1].norm()
+    torch.testing.assert_close(model.subspace("default", tiny.LAYERS - 1), direction)
+
+
+def test_measuring_leaves_every_module_in_its_mode():
+    model = wrap().train()
+    model.get_base_model().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    edit_norms(model, {"input_ids": IDS})
+    directions_from_pairs(model, Letters(), ["a"], ["b"], layers=[0])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_adapters_that_train_whole_modules_are_not_added():
+    model = wrap(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"'default' trains whole modules or tokens .* cannot be added"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
