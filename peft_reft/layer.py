@@ -20,7 +20,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.plan import EVERYTHING, Plan, RowSelection
 from peft_reft.positions import Positions
-from peft_reft.rows import RowEdit, Rows
+from peft_reft.rows import RowEdit, Rows, modules_around
 from peft_reft.sites import Site
 from peft_reft.tracker import PromptTracker
 
@@ -373,12 +373,12 @@ def layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    hook_devices = (getattr(getattr(child, "_hf_hook", None), "execution_device", None) for child in module.modules())
+    hook_devices = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in modules_around(module))
     device = next((device for device in hook_devices if device is not None), None)
     if device is not None:
         return torch.device(device)
-    tensors = (*module.parameters(), *module.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+    tensors = (t for m in modules_around(module) for t in (*m._parameters.values(), *m._buffers.values()))
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
 
 def first_tensor(output: Any) -> Any:

@@ -192,7 +192,7 @@ def modules_around(module: nn.Module) -> Iterator[nn.Module]:
         module = waiting.pop()
         yield module
         if not isinstance(module, BaseTunerLayer):
-            waiting.extend(module.children())
+            waiting.extend(reversed(list(module.children())))
 
 
 def _member(layer: ReftLayer, name: str, subspaces: tuple[str, ...] | None) -> Member:
