@@ -190,9 +190,9 @@ class LowRankIntervention(Intervention):
         elif init_weights == "pyreft":
             nn.init.uniform_(self.bias)
         else:
-            nn.init.normal_(self.bias)
             if self.learned:
                 nn.init.normal_(self.weight, std=bound)
+            nn.init.normal_(self.bias)
 
     @torch.no_grad()
     def reset_edit(self) -> None:

@@ -362,7 +362,7 @@ def test_the_module_that_is_to_be_targeted_instead_works():
 
 def test_what_lora_has_wrapped_is_edited_behind_lora():
     base = tiny.llama()
-    model = get_peft_model(base, lora(target_modules=["o_proj", "down_proj"])).eval()
+    model = get_peft_model(base, lora(target_modules=["o_proj", "down_proj"]), adapter_name="lora").eval()
     wrapped = adapted(model.base_model.model, component=["attention_output", "mlp_output"], positions="all")
     assert sites_of(wrapped) == {
         f"model.layers.{i}.{part}" for i in range(LAYERS) for part in ("self_attn.o_proj", "mlp.down_proj")
@@ -375,7 +375,7 @@ def test_what_lora_has_wrapped_is_edited_behind_lora():
         wrapped(input_ids=IDS)
         lora_output = (
             layer.base_layer(seen["given"])
-            + layer.lora_B["default"](layer.lora_A["default"](seen["given"])) * layer.scaling["default"]
+            + layer.lora_B["lora"](layer.lora_A["lora"](seen["given"])) * layer.scaling["lora"]
         )
     torch.testing.assert_close(seen["before"], lora_output)
     assert (seen["after"] - seen["before"]).abs().max() > 1e-3
