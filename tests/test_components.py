@@ -422,7 +422,7 @@ def test_gradients_of_inputs_under_gradient_checkpointing(component, reentrant):
         torch.testing.assert_close(mine[key], grad, rtol=TOLERANCE, atol=TOLERANCE * max(1, grad.abs().max().item()))
 
 
-@pytest.mark.parametrize("spec", ["f2+l1", "all", "completion"])
+@pytest.mark.parametrize("spec", ["f2+l3", "all", "completion"])
 @pytest.mark.parametrize("component", ["block_input", ["attention_output", "mlp_output"]], ids=["input", "parts"])
 def test_generation_with_and_without_a_cache(component, spec):
     model, reference = pair(component, spec)
