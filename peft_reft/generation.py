@@ -14,6 +14,7 @@ from peft_reft.plan import Plan, WholeSequence
 from peft_reft.positions import Positions
 from peft_reft.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
 from peft_reft.rows import Rows
+from peft_reft.runs import Runs
 from peft_reft.tracker import ARGUMENTS, PromptTracker
 
 
@@ -42,7 +43,7 @@ class Generation:
         self.prompt = prompt
         self.past = past
         self.seen = past
-        self._tables: dict[Positions, torch.Tensor] = {}
+        self._tables: dict[tuple[Positions, torch.device], torch.Tensor] = {}
 
     @property
     def length(self) -> int:
@@ -72,22 +73,28 @@ class Generation:
             if seen >= self.length and not positions.counted:
                 return positions.tail or None
             columns = (start + torch.arange(count, device=start.device)).clamp(max=known)
-            return self._table(positions).index_select(1, columns.to(self.real.device))
+            device = self.real.device
+            return self._table(positions, device).index_select(1, columns.to(device))
         if start >= known:
             return positions.tail or None
         window = self._table(positions)[:, start : start + count]
         missing = count - window.shape[1]
         return torch.cat([window, window[:, -1:].expand(-1, missing)], dim=1) if missing > 0 else window
 
-    def _table(self, positions: Positions) -> torch.Tensor:
+    def _table(self, positions: Positions, device: torch.device | None = None) -> torch.Tensor:
         """Codes of the handed tokens, of those that `c<n>` selects, and of one token behind: `[batch, known + 1]`."""
-        if positions not in self._tables:
+        device = device or (self.real.device if torch.compiler.is_compiling() else torch.device("cpu"))
+        if (positions, device) not in self._tables:
             # Generated tokens follow; how many of them `c<n>` selects depends on answer tokens already handed over.
             behind = positions.counted + 1
             prompt = torch.nn.functional.pad(self.prompt, (0, behind), value=False)
             real = torch.nn.functional.pad(self.real, (0, behind), value=True)
-            self._tables[positions] = assign(positions, prompt, real, turn=self.past)
-        return self._tables[positions]
+            if torch.compiler.is_compiling():
+                codes = assign(positions, prompt, real, turn=self.past)
+            else:
+                codes = Runs.of_prompt(prompt, real, turn=self.past).segments(positions).grid()
+            self._tables[positions, device] = codes.to(device)
+        return self._tables[positions, device]
 
     def remember(self, cache: Any, sequences: torch.Tensor, generated: int) -> None:
         """Leave on `cache` what a later call needs to tell prompts from the tokens generated here."""

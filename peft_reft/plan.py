@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,17 @@ import torch
 
 from peft_reft import positions as pos
 from peft_reft.positions import Positions
+from peft_reft.runs import Runs, Segments
 
 if TYPE_CHECKING:
     from peft_reft.rows import RowPositions, Rows
 
 # Streams of tokens: an encoder-decoder model has both, any other model only the first.
 DECODER, ENCODER = "decoder", "encoder"
-# Codes of tokens on which a pass must fail.
-NO_PROMPT, PROMPT_IS_PADDING = -1, -2
 
-# Position spec -> codes [batch, tokens] as `positions.assign` returns them, or the code of a unit that edits every
-# token, or None when nothing is edited.
-Codes = Callable[[Positions], torch.Tensor | int | None]
+# Position spec -> codes [batch, tokens] as `positions.assign` returns them, or what stands for them outside of compiled
+# graphs; or the code of a unit that edits every token, or None when nothing is edited.
+Codes = Callable[[Positions], torch.Tensor | Segments | int | None]
 
 _REMEDIES = (
     "Use prompt/completion data, or assistant_only_loss=True with conversations, so that the prompt carries no labels "
@@ -140,6 +139,8 @@ class Plan:
     def codes(self, positions: Positions, device: torch.device) -> torch.Tensor:
         """Code of each token, int8 `[batch, tokens]`, for a plan that knows its shape."""
         codes = self._codes(positions)
+        if isinstance(codes, Segments):
+            return codes.grid()
         if isinstance(codes, torch.Tensor):
             return codes
         return torch.full(self.shape, codes or 0, dtype=torch.int8, device=device)
@@ -150,24 +151,23 @@ class Plan:
             return None
         if isinstance(codes, int) and positions.units == 1:
             return EVERYTHING
-        codes = _spread(codes, hidden)
         if torch.compiler.is_compiling():
-            return Selection(codes.to(hidden.device))
-        # The one host synchronization of a pass.
-        on_host = codes.cpu()
-        _check_prompts(on_host, positions)
-        rows = on_host.flatten().nonzero().squeeze(1)
-        if rows.numel() == 0:
+            return Selection(_spread(codes, hidden).to(hidden.device))
+        codes = _segments(codes, hidden)
+        _check_prompts(codes.promptless, positions, hidden)
+        total = codes.shape[0] * codes.shape[1]
+        edited = codes.edited
+        if edited == 0:
             if not self.training:
                 return None
             # Goes on with no rows: the parameters get their gradients, which are zero, and DDP does not wait for them.
             warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
-        if positions.units == 1 and rows.numel() == on_host.numel():
+        if positions.units == 1 and edited == total:
             return EVERYTHING
-        if 2 * rows.numel() > on_host.numel():
-            return Selection(codes).to(hidden.device)
-        units = on_host.flatten()[rows].long() - 1
-        return Selection(codes, rows, units).to(hidden.device)
+        if 2 * edited > total:
+            return Selection(codes.grid()).to(hidden.device)
+        rows, units = codes.tokens()
+        return Selection(rows=rows, units=None if positions.units == 1 else units.long() - 1).to(hidden.device)
 
     def _select_by_row(self, positions: RowPositions, hidden: torch.Tensor) -> RowSelection | None:
         combined = None
@@ -175,17 +175,18 @@ class Plan:
             codes = self._codes(spec)
             if codes is None:
                 continue
-            codes = _spread(codes, hidden)
+            if torch.compiler.is_compiling():
+                codes = _spread(codes, hidden)
+            else:
+                codes = _segments(codes, hidden)
+                _check_prompts([row for row in codes.promptless if mask[row]], spec, hidden)
+                codes = codes.grid()
             codes = codes * mask[:, None].to(codes.device)
             combined = codes if combined is None else combined + codes
         if combined is None:
             return None
         if torch.compiler.is_compiling():
             return RowSelection(combined.to(hidden.device))
-        # The one host synchronization of a pass.
-        combined = combined.cpu()
-        for spec, mask in positions.masks.items():
-            _check_prompts(combined * mask[:, None], spec)
         most = int((combined > 0).sum(-1).max())
         if most == 0:
             return None
@@ -208,21 +209,29 @@ def _spread(codes: torch.Tensor | int, hidden: torch.Tensor) -> torch.Tensor:
     return codes.repeat_interleave(hidden.shape[0] // codes.shape[0], dim=0)
 
 
-def _check_prompts(codes: torch.Tensor, positions: Positions) -> None:
-    for fault in (NO_PROMPT, PROMPT_IS_PADDING):
-        rows = (codes == fault).any(-1).nonzero().squeeze(1).tolist()
-        if not rows:
-            continue
-        which = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {len(codes)}"
-        if fault == PROMPT_IS_PADDING:
-            raise ValueError(
-                f"prompt_mask and attention_mask, both {tuple(codes.shape)} here, contradict each other: {which} "
-                "marks tokens as prompt that attention_mask marks as padding."
-            )
+def _segments(codes: torch.Tensor | Segments | int, hidden: torch.Tensor) -> Segments:
+    """Codes of the tokens of `hidden`, as `_spread`, but on the host."""
+    shape = hidden.shape[0], hidden.shape[1]
+    if isinstance(codes, int):
+        return Segments.alike(shape, codes)
+    if isinstance(codes, Segments):
+        if codes.shape == shape:
+            return codes
+        codes = codes.grid()
+    return Segments.of(_spread(codes, hidden))
+
+
+def _check_prompts(promptless: Sequence[int], positions: Positions, hidden: torch.Tensor) -> None:
+    if promptless and positions.needs_prompt:
         raise ValueError(
-            f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of {which} supervise "
-            f"the very first token: there is no prompt. {_REMEDIES}"
+            f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of "
+            f"{rows_of_batch(promptless, len(hidden))} supervise the very first token: there is no prompt. {_REMEDIES}"
         )
+
+
+def rows_of_batch(rows: Sequence[int], batch: int) -> str:
+    """How messages name some rows of a batch."""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {batch}"
 
 
 class WholeSequence(Plan):
@@ -234,11 +243,13 @@ class WholeSequence(Plan):
     def of(self, hidden: torch.Tensor) -> Plan:
         shape = tuple(hidden.shape[:2])
 
-        def codes(positions: Positions) -> torch.Tensor | int:
+        def codes(positions: Positions) -> torch.Tensor | Segments | int:
             if not positions.needs_prompt:
                 return positions.tail
-            prompt = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-            return pos.assign(positions, prompt, torch.zeros_like(prompt))
+            if torch.compiler.is_compiling():
+                prompt = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+                return pos.assign(positions, prompt, torch.zeros_like(prompt))
+            return Runs.one_prompt(shape).segments(positions)
 
         return Plan(shape, codes, rows=self.rows)
 

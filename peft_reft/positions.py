@@ -132,9 +132,7 @@ def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
     return starts
 
 
-def prompt_from_labels(
-    labels: torch.Tensor, real: torch.Tensor, starts: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def prompt_from_labels(labels: torch.Tensor, real: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
     """The prompt that `labels` describe: real tokens without a label that a labeled token of their sequence follows.
 
     Args:
@@ -143,8 +141,7 @@ def prompt_from_labels(
         starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
 
     Returns:
-        The prompt, and the tokens that open a sequence which has none; both bool `[batch, tokens]`. A sequence without
-        any label is all prompt: it has no completion.
+        Bool `[batch, tokens]`. A sequence without any label is all prompt: it has no completion.
     """
     supervised = (labels != IGNORE_INDEX) & real
     first, last = _sequence_bounds(real, starts)
@@ -154,10 +151,7 @@ def prompt_from_labels(
     preceding = torch.where(supervised, index, -1).cummax(-1).values
     leads = following <= last
     labeled = leads | (preceding >= first)
-    prompt = real & ~supervised & (leads | ~labeled)
-    # The first real token of its sequence: no real token between the sequence's start and it.
-    rank = _real_rank(real, first)
-    return prompt, supervised & (rank == 0)
+    return real & ~supervised & (leads | ~labeled)
 
 
 def assign(
@@ -255,11 +249,6 @@ def _sequence_bounds(like: torch.Tensor, starts: torch.Tensor | None) -> tuple[t
     following = torch.where(starts, index, tokens)
     following = torch.cat([following[:, 1:], following.new_full((like.shape[0], 1), tokens)], dim=1)
     return first, _reverse_cummin(following) - 1
-
-
-def _real_rank(real: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    before = real.long().cumsum(-1) - real.long()
-    return before - before.gather(1, first)
 
 
 def _index_like(grid: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from peft_reft import positions as pos
-from peft_reft.plan import NO_PROMPT, PROMPT_IS_PADDING, Plan, WholeSequence
+from peft_reft.plan import Plan, WholeSequence, rows_of_batch
 from peft_reft.positions import Positions
+from peft_reft.runs import Runs, Segments
 
 CACHES = ("past_key_values", "cache_params", "state")
 
@@ -131,7 +132,8 @@ def _real_tokens(mask: Any, tokens: int, past: int) -> torch.Tensor | None:
     if isinstance(mask, Mapping):  # one for each kind of attention
         mask = next((value for value in mask.values() if isinstance(value, torch.Tensor)), None)
     if _has_axes(mask, 2):
-        real = mask != 0
+        # Several times as fast as `!= 0`.
+        real = mask.bool()
     elif _has_axes(mask, 3) or _has_axes(mask, 4):
         real = _real_from_attention(mask if mask.dim() == 3 else mask[:, 0], tokens, past)
     else:
@@ -189,7 +191,7 @@ def assign(
     starts: torch.Tensor | None = None,
     turn: int = 0,
 ) -> torch.Tensor:
-    """Codes of the tokens (see `positions.assign`); a token at index `turn` > 0 opens a new span."""
+    """Codes of the tokens (see `positions.assign`) in a graph; a token at index `turn` > 0 opens a new span."""
     if not positions.needs_prompt:
         return real.to(torch.int8) * positions.tail
     breaks = torch.arange(real.shape[1], device=real.device) == turn if turn else None
@@ -205,29 +207,61 @@ def prompt_plan(tokens: Tokens, language_model: bool, training: bool = False) ->
     if tokens.shape is None:
         return WholeSequence()
 
-    def codes(positions: Positions) -> torch.Tensor | int:
+    runs: list[Runs] = []
+
+    def codes(positions: Positions) -> torch.Tensor | Segments | int:
         if tokens.mask is None and not positions.needs_prompt:
             return positions.tail
-        past = tokens.past_on_host
-        real = tokens.real()
-        starts = None if tokens.starts is None else tokens.starts.to(real.device)
-        fault, where = NO_PROMPT, None
-        if tokens.prompt_mask is not None:
-            prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
-            fault, where = PROMPT_IS_PADDING, prompt & ~real
-        elif language_model and tokens.labels is not None:
-            labels = torch.nn.functional.pad(tokens.labels.to(real.device), (past, 0), value=pos.IGNORE_INDEX)
-            prompt, where = pos.prompt_from_labels(labels, real, starts)
-        else:
-            prompt = real
-            if language_model and positions.needs_prompt and not torch.compiler.is_compiling():
-                _warn_of_guess(positions, training, past)
-        result = assign(positions, prompt, real, starts, turn=past)
-        if where is not None and (fault == PROMPT_IS_PADDING or positions.needs_prompt):
-            result = torch.where(where, fault, result).to(torch.int8)
-        return result[:, past:]
+        guessed = tokens.prompt_mask is None and (tokens.labels is None or not language_model)
+        if torch.compiler.is_compiling():
+            return _codes_in_graph(tokens, positions, guessed)
+        if guessed and language_model and positions.needs_prompt:
+            _warn_of_guess(positions, training, tokens.past_on_host)
+        if not runs:
+            runs.append(_runs(tokens, guessed))
+        return runs[0].segments(positions).without_past(tokens.past_on_host)
 
     return Plan(tokens.shape, codes, training)
+
+
+def _runs(tokens: Tokens, guessed: bool) -> Runs:
+    past, real = tokens.past_on_host, tokens.real()
+    starts = None if tokens.starts is None else tokens.starts.to(real.device)
+    if tokens.prompt_mask is not None:
+        prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
+        _refuse_padding((prompt & ~real).any(-1), real)
+        return Runs.of_prompt(prompt, real, starts, turn=past)
+    if guessed:
+        return Runs.of_prompt(real, real, starts, turn=past)
+    return Runs.of_labels(_labels(tokens, real), real, starts, turn=past)
+
+
+def _codes_in_graph(tokens: Tokens, positions: Positions, guessed: bool) -> torch.Tensor:
+    """Codes of the tokens by operations on tensors alone; nothing is refused, which would take a look at the values."""
+    past, real = tokens.past_on_host, tokens.real()
+    starts = None if tokens.starts is None else tokens.starts.to(real.device)
+    if tokens.prompt_mask is not None:
+        prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
+    elif guessed:
+        prompt = real
+    else:
+        prompt = pos.prompt_from_labels(_labels(tokens, real), real, starts)
+    return assign(positions, prompt, real, starts, turn=past)[:, past:]
+
+
+def _labels(tokens: Tokens, real: torch.Tensor) -> torch.Tensor:
+    past = tokens.past_on_host
+    labels = tokens.labels.to(real.device)
+    return torch.nn.functional.pad(labels, (past, 0), value=pos.IGNORE_INDEX) if past else labels
+
+
+def _refuse_padding(rows: torch.Tensor, real: torch.Tensor) -> None:
+    if rows.any():
+        which = rows_of_batch(rows.nonzero().squeeze(1).tolist(), len(rows))
+        raise ValueError(
+            f"prompt_mask and attention_mask, both {tuple(real.shape)} here, contradict each other: {which} "
+            "marks tokens as prompt that attention_mask marks as padding."
+        )
 
 
 def _warn_of_guess(positions: Positions, training: bool, past: int) -> None:
@@ -245,7 +279,7 @@ def encoder_plan(tokens: Tokens) -> Plan:
 def decoder_plan(tokens: Tokens) -> Plan:
     """Plan of the decoder's tokens in an encoder-decoder model: none of them is prompt."""
 
-    def codes(positions: Positions) -> torch.Tensor | int | None:
+    def codes(positions: Positions) -> torch.Tensor | Segments | int | None:
         if tokens.shape is None and positions.counted:
             raise ValueError(
                 f"positions={str(positions)!r} counts the decoder's tokens, but this pass does not tell them: pass "
@@ -254,6 +288,8 @@ def decoder_plan(tokens: Tokens) -> Plan:
         if tokens.shape is None or (tokens.mask is None and not positions.counted):
             return positions.tail or None
         real = tokens.real()
-        return pos.assign(positions, torch.zeros_like(real), real)[:, tokens.past_on_host :]
+        if torch.compiler.is_compiling():
+            return pos.assign(positions, torch.zeros_like(real), real)[:, tokens.past_on_host :]
+        return Runs.of_completion(real).segments(positions).without_past(tokens.past_on_host)
 
     return Plan(tokens.shape, codes)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reference import edited_tokens
 
 from peft_reft import positions as pos
+from peft_reft.runs import Runs, Segments
 
 counts = st.integers(1, 6)
 firsts = counts.map("f{}".format)
@@ -48,10 +49,21 @@ def grid(rows: list[tuple[str, tuple[int, int]]]):
 
 
 def codes_of(parsed, labels, real, starts=None):
-    prompt, promptless = pos.prompt_from_labels(labels, real, starts)
-    assert not promptless.any()
-    completion = pos.completion_of(prompt, real, starts)
-    return pos.assign(parsed, prompt, completion, starts), prompt
+    """Codes and prompt, of which the tensor functions and the runs think alike."""
+    prompt = pos.prompt_from_labels(labels, real, starts)
+    codes = pos.assign(parsed, prompt, pos.completion_of(prompt, real, starts), starts)
+    for runs in (Runs.of_labels(labels, real, starts), Runs.of_prompt(prompt, real, starts)):
+        assert not runs.promptless
+        segments = runs.segments(parsed)
+        assert torch.equal(segments.grid(), codes)
+        rows, units = segments.tokens()
+        assert torch.equal(rows, codes.flatten().nonzero().squeeze(1))
+        assert torch.equal(units, codes.flatten()[rows])
+        assert segments.edited == len(rows)
+        for past in (1, codes.shape[1] - 1):
+            assert torch.equal(segments.without_past(past).grid(), codes[:, past:])
+        assert torch.equal(Segments.of(codes).grid(), codes)
+    return codes, prompt
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,26 +119,50 @@ def test_a_spec_prints_as_it_was_written(spec, shared):
     assert str(pos.parse(spec, shared)) == spec
 
 
+@settings(max_examples=300, deadline=None)
+@given(spec=specs, shared=st.booleans(), data=st.data())
+def test_runs_say_the_same_as_tensor_functions_of_any_tokens(spec, shared, data):
+    rows, tokens = data.draw(st.tuples(counts, st.integers(1, 12)))
+
+    def mask():
+        flags = st.lists(st.booleans(), min_size=rows * tokens, max_size=rows * tokens)
+        return torch.tensor(data.draw(flags)).reshape(rows, tokens)
+
+    real, chosen = mask(), mask()
+    starts = mask() if data.draw(st.booleans()) else None
+    turn = data.draw(st.integers(0, tokens - 1))
+    parsed, labels = pos.parse(spec, shared), torch.where(chosen, 9, pos.IGNORE_INDEX)
+    told = pos.prompt_from_labels(labels, real, starts)
+    breaks = torch.arange(tokens) == turn if turn else None
+    known = Runs.of_prompt(chosen & real, real, starts, turn), chosen & real
+    for runs, prompt in ((Runs.of_labels(labels, real, starts, turn), told), known):
+        completion = pos.completion_of(prompt, real, starts)
+        codes = pos.assign(parsed, prompt, completion, starts, breaks)
+        if spec == "all":
+            # Real tokens ahead of any prompt are neither prompt nor completion.
+            codes = real.to(torch.int8)
+        assert torch.equal(runs.segments(parsed).grid(), codes)
+
+
 @pytest.mark.parametrize(
     ("labels", "starts", "bad"),
     [
-        ([9, 9, 9], None, [True, False, False]),
-        ([-100, 9, 9], None, [False] * 3),
-        ([-100, -100, -100], None, [False] * 3),
-        ([-100, 9, 9, 9], [1, 0, 1, 0], [False, False, True, False]),
+        ([[9, 9, 9]], None, (0,)),
+        ([[-100, 9, 9], [9, -100, -100]], None, (1,)),
+        ([[-100, -100, -100]], None, ()),
+        ([[-100, -100, 9, 9], [-100, 9, 9, 9]], [[1, 0, 0, 0], [1, 0, 1, 0]], (1,)),
     ],
     ids=["no prompt", "prompt", "no labels", "second document"],
 )
 def test_the_first_token_of_a_sequence_without_prompt_is_found(labels, starts, bad):
-    labels = torch.tensor([labels])
-    starts = None if starts is None else torch.tensor([starts]).bool()
-    _, promptless = pos.prompt_from_labels(labels, torch.ones_like(labels).bool(), starts)
-    assert promptless[0].tolist() == bad
+    labels = torch.tensor(labels)
+    starts = None if starts is None else torch.tensor(starts).bool()
+    assert Runs.of_labels(labels, torch.ones_like(labels).bool(), starts).promptless == bad
 
 
 def test_a_supervised_first_token_behind_left_padding_is_found():
     labels, real = torch.tensor([[-100, -100, 9, 9]]), torch.tensor([[0, 0, 1, 1]]).bool()
-    assert pos.prompt_from_labels(labels, real, None)[1][0].tolist() == [False, False, True, False]
+    assert Runs.of_labels(labels, real).promptless == (0,)
 
 
 def test_a_break_opens_a_new_span_right_behind_the_old_one():
