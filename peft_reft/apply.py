@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from peft_reft.autograd import pick
+from peft_reft.interventions import Intervention, precise
 from peft_reft.plan import RowSelection, Selection
 from peft_reft.stacked import Stacked
 
-# hidden [..., d], gate [..., u] or None, coordinates [..., r] or None -> edit [..., d]
-Edit = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
-
 
 def edit_tokens(
-    edit: Edit, selection: Selection, hidden: torch.Tensor, units: int, coordinates: torch.Tensor | None = None
+    intervention: Intervention,
+    selection: Selection,
+    hidden: torch.Tensor,
+    coordinates: torch.Tensor | None = None,
+    keep_output: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
     """`hidden` with the selected tokens edited.
 
     Args:
-        edit: computes the edit.
+        intervention: what edits them.
         selection: the tokens.
         hidden: `[batch, tokens, d]`, or `[rows, d]` when `selection` is everything.
-        units: number of units of the intervention.
         coordinates: `[r]`, or `[batch, r]` where rows differ, see `Intervention.forward`; None for all.
+        keep_output: see `Intervention.add`.
+        options: more arguments for `Intervention.forward`.
     """
-    dtype = precise(hidden.dtype)
+    dtype, units = precise(hidden.dtype), intervention.units
     with torch.autocast(hidden.device.type, enabled=False):
         if selection.rows is None:
             codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
             gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
             if coordinates is not None and coordinates.dim() == 2 and hidden.dim() == 3:
                 coordinates = coordinates.unsqueeze(1)
-            return hidden + edit(hidden.to(dtype), gate, coordinates).to(hidden.dtype)
-        flat = hidden.flatten(0, -2)
+            return intervention.add(hidden, gate, coordinates, keep_output=keep_output, **options)
         gate = None if units == 1 else _one_hot(selection.units, units, dtype)
         if coordinates is not None and coordinates.dim() == 2:
             coordinates = coordinates.index_select(0, selection.rows // hidden.shape[1])
-        edited = edit(flat.index_select(0, selection.rows).to(dtype), gate, coordinates)
-        return shaped(flat.index_add(0, selection.rows, edited.to(hidden.dtype)), hidden.shape)
+        flat, picked = pick(hidden.flatten(0, -2), selection.rows)
+        edit = intervention(picked.to(dtype), gate, coordinates, **options)
+        return shaped(flat.index_add(0, selection.rows, edit.to(hidden.dtype)), hidden.shape)
 
 
 def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -> torch.Tensor:
@@ -58,11 +63,6 @@ def shaped(fresh: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     FSDP2 hooks the outputs of blocks; a view that the model then changes in place would lose the hooks.
     """
     return fresh if fresh.shape == shape else torch.ops.aten._unsafe_view(fresh, shape)
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that edits of representations in `dtype` are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from peft_reft.autograd import Link, add_low_rank
+
 InitWeights = bool | Literal["pyreft"]
 
 
@@ -74,6 +76,7 @@ class Intervention(nn.Module):
         init_weights: InitWeights = True,
     ) -> None:
         super().__init__()
+        self.units = units
         self.act_name = None if act_fn == "linear" else act_fn
         self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
         self.dropout = nn.Dropout(dropout)
@@ -134,6 +137,33 @@ class Intervention(nn.Module):
             if gate is not None:
                 edit = edit * gate.sum(-1, keepdim=True)
         return edit
+
+    def add(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        strength: float = 1.0,
+        session: object = None,
+        keep_output: bool = False,
+    ) -> torch.Tensor:
+        """`hidden` with the edit added.
+
+        Args:
+            hidden: `[..., d]`, any floating point dtype; the edit is computed in `precise(hidden.dtype)`.
+            gate, coordinates, strength, session: see `forward`.
+            keep_output: whether what comes next keeps the result for its own backward pass.
+
+        Returns:
+            `[..., d]`, same dtype as `hidden`.
+        """
+        precisely = hidden.to(precise(hidden.dtype))
+        return hidden + self(precisely, gate, coordinates, strength, session).to(hidden.dtype)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that edits of representations in `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Factors(NamedTuple):
@@ -252,21 +282,61 @@ class LowRankIntervention(Intervention):
         coordinates: torch.Tensor | None = None,
         session: object = None,
     ) -> torch.Tensor:
-        left, right, bias, removed = self.factors(hidden.dtype, coordinates, session)
-        units, rank, _ = left.shape
-        target = bias.flatten()
-        if right is not None:
-            target = hidden @ right.flatten(0, 1).mT + target
-        if self.act_fn is not None:
-            target = self.act_fn(target)
-        if removed is not None:
-            target = target - hidden @ removed.flatten(0, 1).mT
-        if gate is not None:
-            target = target * gate.repeat_interleave(rank, dim=-1)
-        if coordinates is not None:
-            target = target * coordinates.repeat(*(1,) * (coordinates.dim() - 1), units)
+        left, right, shift = self._products(hidden.dtype, coordinates, session)
+        target = shift if right is None else hidden @ right.mT + shift
+        link = self._link(gate, coordinates)
+        if link is not None:
+            target = link(target)
         # Without a product so far there is one row for all.
-        return target.expand(*hidden.shape[:-1], -1) @ left.flatten(0, 1)
+        return target.expand(*hidden.shape[:-1], -1) @ left
+
+    def add(
+        self,
+        hidden: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        strength: float = 1.0,
+        session: object = None,
+        keep_output: bool = False,
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0 and strength != 0):
+            return super().add(hidden, gate, coordinates, strength, session)
+        left, right, shift = self._products(precise(hidden.dtype), coordinates, session)
+        return add_low_rank(hidden, left, right, shift, self._link(gate, coordinates, strength), keep_output)
+
+    def _products(
+        self, dtype: torch.dtype, coordinates: torch.Tensor | None, session: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The factors with all units side by side, and below each other `right` and `removed`, which `_link` subtracts.
+
+        `left` `[u * r, d]`, `right` `[u * r or 2 * u * r, d]` or None, bias `[u * r or 2 * u * r]`.
+        """
+        left, right, bias, removed = self.factors(dtype, coordinates, session)
+        left, bias = left.flatten(0, 1), bias.flatten()
+        if right is not None:
+            right = right.flatten(0, 1)
+        if removed is not None:
+            right = torch.cat([right, removed.flatten(0, 1)])
+            bias = torch.cat([bias, torch.zeros_like(bias)])
+        return left, right, bias
+
+    def _link(self, gate: torch.Tensor | None, coordinates: torch.Tensor | None, strength: float = 1.0) -> Link | None:
+        """What happens between the two products, None for nothing."""
+        if self.act_fn is None and gate is None and coordinates is None and strength == 1.0:
+            return None
+        units, rank, _ = self.projection.shape
+
+        def link(target: torch.Tensor) -> torch.Tensor:
+            if self.act_fn is not None:
+                size = units * rank
+                target = self.act_fn(target[..., :size]) - target[..., size:] if self.replaces else self.act_fn(target)
+            if gate is not None:
+                target = target * gate.repeat_interleave(rank, dim=-1)
+            if coordinates is not None:
+                target = target * coordinates.repeat(*(1,) * (coordinates.dim() - 1), units)
+            return target if strength == 1.0 else strength * target
+
+        return link
 
 
 class LoreftIntervention(LowRankIntervention):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +13,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft import merging
-from peft_reft.apply import edit_rows, edit_tokens, precise, shaped
+from peft_reft.apply import edit_rows, edit_tokens, shaped
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.interventions import INTERVENTIONS, precise
 from peft_reft.plan import EVERYTHING, Plan, RowSelection
 from peft_reft.positions import Positions
 from peft_reft.rows import RowEdit, Rows, modules_around
@@ -82,7 +81,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = site.features
         self.site_name = site.name
         self.side = site.side
-        self.index, self.depth = site.index, site.depth
+        self.index, self.depth, self.is_block = site.index, site.depth, site.is_block
         self.stream = site.stream
         self.tracker = tracker
         self.reft_intervention = nn.ModuleDict()
@@ -336,9 +335,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             selection = EVERYTHING if hidden.dim() == 2 else plan.selection(positions, hidden, name)
             if selection is None:
                 continue
-            edit = partial(intervention, strength=action.strength, session=self.tracker.generation)
-            coordinates = self._coordinates(action, plan.rows, hidden)
-            hidden = edit_tokens(edit, selection, hidden, positions.units, coordinates)
+            hidden = edit_tokens(
+                intervention,
+                selection,
+                hidden,
+                self._coordinates(action, plan.rows, hidden),
+                strength=action.strength,
+                session=self.tracker.generation,
+                # The first thing that a block does with its input is to normalize it.
+                keep_output=self.is_block,
+            )
         return hidden
 
     def _coordinates(self, action: Action, rows: Rows | None, hidden: torch.Tensor) -> torch.Tensor | None:

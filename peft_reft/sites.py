@@ -40,6 +40,11 @@ class Site:
     index: int | None = None
     depth: int = 0
 
+    @property
+    def is_block(self) -> bool:
+        """Whether the module is a block itself, rather than in one."""
+        return self.index is not None and self.name.endswith(f".{self.index}")
+
 
 @dataclass(frozen=True)
 class BlockList:
