@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def edit_tokens(
         options: more arguments for `Intervention.forward`.
     """
     dtype, units = precise(hidden.dtype), intervention.units
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device.type):
         if selection.rows is None:
             codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
             gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
@@ -49,7 +50,7 @@ def edit_tokens(
 def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -> torch.Tensor:
     """`hidden` `[rows, tokens, d]` with the selected tokens of each row edited by its own intervention."""
     dtype = precise(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device.type):
         if selection.index is None:
             return hidden + stacked(hidden.to(dtype), selection.codes).to(hidden.dtype)
         index = selection.index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
@@ -63,6 +64,11 @@ def shaped(fresh: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     FSDP2 hooks the outputs of blocks; a view that the model then changes in place would lose the hooks.
     """
     return fresh if fresh.shape == shape else torch.ops.aten._unsafe_view(fresh, shape)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Entering the context takes longer than asking whether there is a need to.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:

@@ -61,7 +61,8 @@ class Generation:
         def codes(positions: Positions) -> torch.Tensor | int | None:
             return self._codes(positions, start, seen, count)
 
-        return Plan(tokens.shape, codes)
+        behind = (0 if seen >= self.length else -1) if isinstance(start, torch.Tensor) else max(start - self.length, -1)
+        return Plan(tokens.shape, codes, behind=behind)
 
     def _codes(
         self, positions: Positions, start: int | torch.Tensor, seen: int, count: int

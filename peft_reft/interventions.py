@@ -179,6 +179,26 @@ class Factors(NamedTuple):
     removed: torch.Tensor | None
 
 
+class Products(NamedTuple):
+    """Factors with all units side by side, and with `removed`, if there is one, below `right`.
+
+    `left` is `[u * r, d]`, `right` `[u * r, d]` or `[2 * u * r, d]` or None, `shift` `[u * r]` or `[2 * u * r]`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor | None
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: Factors) -> Products:
+        left, shift = factors.left.flatten(0, 1), factors.bias.flatten()
+        right = None if factors.right is None else factors.right.flatten(0, 1)
+        if factors.removed is not None:
+            right = torch.cat([right, factors.removed.flatten(0, 1)])
+            shift = torch.cat([shift, torch.zeros_like(shift)])
+        return cls(left, right, shift)
+
+
 class LowRankIntervention(Intervention):
     r"""What all methods that edit a subspace share:
 
@@ -204,7 +224,7 @@ class LowRankIntervention(Intervention):
         if self.learned:
             self.weight = nn.Parameter(torch.empty(units, rank, features))
         self.bias = nn.Parameter(torch.empty(units, rank))
-        self._cache: tuple[Any, Factors] | None = None
+        self._cache: tuple[Any, Products] | None = None
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         units, rank, features = self.projection.shape
@@ -252,18 +272,8 @@ class LowRankIntervention(Intervention):
         # One difference instead of two products: exactly zero for a fresh adapter, and cheaper.
         return Factors(left, weight - left if cls.replaces else weight, bias, None)
 
-    def factors(
-        self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
-    ) -> Factors:
-        """The normal form in `dtype`, `[u, r, d]`. Computed once for each `session`, every time without one."""
-        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._factors(dtype, coordinates)
-        key = (session, dtype, self.projection.device)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, self._factors(dtype, None))
-        return self._cache[1]
-
-    def _factors(self, dtype: torch.dtype, coordinates: torch.Tensor | None) -> Factors:
+    def factors(self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None) -> Factors:
+        """The normal form in `dtype`, `[u, r, d]`; for training with some of the coordinates, if they are given."""
         parameters = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         if coordinates is not None and torch.is_grad_enabled():
             # Rows that no representation uses stay as they are, although later rows are orthogonalized against them.
@@ -282,7 +292,7 @@ class LowRankIntervention(Intervention):
         coordinates: torch.Tensor | None = None,
         session: object = None,
     ) -> torch.Tensor:
-        left, right, shift = self._products(hidden.dtype, coordinates, session)
+        left, right, shift = self.products(hidden.dtype, coordinates, session)
         target = shift if right is None else hidden @ right.mT + shift
         link = self._link(gate, coordinates)
         if link is not None:
@@ -301,24 +311,34 @@ class LowRankIntervention(Intervention):
     ) -> torch.Tensor:
         if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0 and strength != 0):
             return super().add(hidden, gate, coordinates, strength, session)
-        left, right, shift = self._products(precise(hidden.dtype), coordinates, session)
+        left, right, shift = self.products(precise(hidden.dtype), coordinates, session)
         return add_low_rank(hidden, left, right, shift, self._link(gate, coordinates, strength), keep_output)
 
-    def _products(
-        self, dtype: torch.dtype, coordinates: torch.Tensor | None, session: object
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The factors with all units side by side, and below each other `right` and `removed`, which `_link` subtracts.
+    def products(
+        self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
+    ) -> Products:
+        """The factors as they multiply representations; kept as long as they are known to stay the same.
 
-        `left` `[u * r, d]`, `right` `[u * r or 2 * u * r, d]` or None, bias `[u * r or 2 * u * r]`.
+        That is through a `session` and, of frozen parameters, until they are written to. Without gradients only.
         """
-        left, right, bias, removed = self.factors(dtype, coordinates, session)
-        left, bias = left.flatten(0, 1), bias.flatten()
-        if right is not None:
-            right = right.flatten(0, 1)
-        if removed is not None:
-            right = torch.cat([right, removed.flatten(0, 1)])
-            bias = torch.cat([bias, torch.zeros_like(bias)])
-        return left, right, bias
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return Products.of(self.factors(dtype, coordinates))
+        state = self._written if session is None else session
+        if state is None:
+            return Products.of(self.factors(dtype))
+        key = (state, dtype, self.projection.device)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, Products.of(self.factors(dtype)))
+        return self._cache[1]
+
+    @property
+    def _written(self) -> tuple[tuple[int, int], ...] | None:
+        """Changes when frozen parameters do, None if some are not frozen."""
+        parameters = self._parameters.values()
+        # Averages of weights, say, are swapped in through `.data`, which is counted nowhere.
+        if any(parameter.requires_grad or parameter.is_inference() for parameter in parameters):
+            return None
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
 
     def _link(self, gate: torch.Tensor | None, coordinates: torch.Tensor | None, strength: float = 1.0) -> Link | None:
         """What happens between the two products, None for nothing."""

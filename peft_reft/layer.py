@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from peft_reft import merging
 from peft_reft.apply import edit_rows, edit_tokens, shaped
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
-from peft_reft.interventions import INTERVENTIONS, precise
+from peft_reft.interventions import INTERVENTIONS, Intervention, precise
 from peft_reft.plan import EVERYTHING, Plan, RowSelection
 from peft_reft.positions import Positions
 from peft_reft.rows import RowEdit, Rows, modules_around
@@ -54,9 +55,11 @@ class AdapterSettings:
 
 
 class Action(NamedTuple):
-    """What an adapter does in one pass; `coordinates` as in `AdapterSettings`."""
+    """What an adapter does in one pass; see `AdapterSettings`."""
 
     adapter: str
+    intervention: Intervention
+    positions: Positions
     strength: float
     coordinates: torch.Tensor | None
 
@@ -90,6 +93,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._handle: RemovableHandle | None = None
+        self._reach: float = 0
         self._unmerged: merging.Original | None = None
         self._merged_edits: dict[str, merging.Edit] = {}
 
@@ -166,6 +170,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             intervention.to(_device(module))
         intervention.train(self.training)
         self.reft_intervention[adapter_name] = intervention
+        self._measure_reach()
         self.set_adapter(self.active_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -199,6 +204,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
+        self._measure_reach()
+
+    def _measure_reach(self) -> None:
+        """How many tokens behind the prompt its adapters edit at most: decoding steps behind those leave it alone."""
+        specs = [settings.positions for settings in self.reft_settings.values()]
+        self._reach = max((math.inf if spec.tail else spec.counted for spec in specs), default=0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing. PEFT calls it to merge adapters of another method on the same model; see `merge_into`."""
@@ -254,28 +265,28 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook: the module's output with its hidden representations edited, None to leave it as it is."""
-        if self._idle:
+        plan = self.tracker.plan(self.stream)
+        if plan.behind >= self._reach or self._is_idle(plan):
             return None
         hidden = _hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
-        edited = self._edit(hidden, f"{self.site_name} returned")
+        edited = self._edit(plan, hidden, f"{self.site_name} returned")
         return None if edited is hidden else _with_hidden(output, edited)
 
     def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook: the module's arguments with the hidden representations edited, None to leave them."""
-        if self._idle:
+        plan = self.tracker.plan(self.stream)
+        if plan.behind >= self._reach or self._is_idle(plan):
             return None
         named = {} if args else {"hidden_states": kwargs.get("hidden_states")}
         given = _hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
         # Where accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
-        edited = self._edit(hidden, f"{self.site_name} was given")
+        edited = self._edit(plan, hidden, f"{self.site_name} was given")
         if edited is hidden:
             return None
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
 
-    @property
-    def _idle(self) -> bool:
-        plan = self.tracker.plan(self.stream)
+    def _is_idle(self, plan: Plan) -> bool:
         if plan.rows is not None and self.merged_adapters:
             raise ValueError(
                 f"Cannot pass `{plan.rows.argument}` when there are merged adapters, please call `unmerge_adapter` "
@@ -303,17 +314,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 settings = self.reft_settings[name]
                 # In training the parameters get their gradients, which are zero.
                 if settings.strength != 0 or self.training:
-                    actions.append(Action(name, settings.strength, settings.coordinates))
+                    intervention = self.reft_intervention[name]
+                    actions.append(
+                        Action(name, intervention, settings.positions, settings.strength, settings.coordinates)
+                    )
         return tuple(actions)
 
-    def _edit(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
+    def _edit(self, whole_plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """`hidden` itself where nothing is edited."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
                 f"{name} {tuple(hidden.shape)}, but its adapters were built for "
                 f"{self.out_features} features. Give the module the right out_features, or target another one."
             )
-        whole_plan = self.tracker.plan(self.stream)
         plan, grid = whole_plan, hidden
         if hidden.dim() == 2 and plan.shape is not None and len(hidden) == plan.shape[0] * plan.shape[1]:
             # Some models put all tokens on one axis for a while.
@@ -327,16 +340,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str, actions: tuple[Action, ...]) -> torch.Tensor:
         for action in actions:
-            positions, intervention = (
-                self.reft_settings[action.adapter].positions,
-                self.reft_intervention[action.adapter],
-            )
             # [rows, features]: without a token axis every row counts.
-            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(positions, hidden, name)
+            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(action.positions, hidden, name)
             if selection is None:
                 continue
             hidden = edit_tokens(
-                intervention,
+                action.intervention,
                 selection,
                 hidden,
                 self._coordinates(action, plan.rows, hidden),

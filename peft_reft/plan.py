@@ -77,6 +77,7 @@ class Plan:
         codes: see `Codes`; asked when the first layer needs it, for adapters may be disabled.
         training: whether to warn when nothing is edited.
         rows: what the caller asks of each row, if he does.
+        behind: number of tokens between the prompt and those of the pass, -1 where some may be prompt.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Plan:
         codes: Codes,
         training: bool = False,
         rows: Rows | None = None,
+        behind: int = -1,
     ) -> None:
         self.shape = shape
+        self.behind = behind
         self.training = training
         self.rows = rows
         # What each layer does in this pass.

@@ -293,10 +293,32 @@ def test_gradients_flow_in_a_session_too():
     assert intervention.projection.grad.abs().sum() > 0
 
 
+@torch.no_grad()
+def test_rows_of_frozen_parameters_are_computed_once_until_they_are_written_to():
+    intervention = make().eval().requires_grad_(False)
+    hidden = torch.randn(2, FEATURES, dtype=torch.float64)
+    once = intervention.products(torch.float64)
+    assert intervention.products(torch.float64) is once
+    for parameter in intervention.parameters():
+        parameter.normal_()
+        torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
+    intervention.projection = torch.nn.Parameter(torch.randn_like(intervention.projection), requires_grad=False)
+    torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
+
+
+@torch.no_grad()
+def test_writes_behind_the_back_of_autograd_reach_parameters_in_training():
+    intervention = make().eval()
+    hidden = torch.randn(2, FEATURES, dtype=torch.float64)
+    intervention(hidden)
+    intervention.projection.data.normal_()
+    torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
+
+
 def test_pickles_leave_the_computed_rows_out():
     intervention = make().eval()
     with torch.no_grad():
-        intervention.factors(torch.float64, session="session")
+        intervention.products(torch.float64, session="session")
     for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
         assert twin._cache is None
 
