@@ -1,0 +1,209 @@
+"""A run of a suite whose answers are generated: training through TRL's SFTTrainer, then greedy answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runs import (
+    SAMPLES,
+    PaperArguments,
+    Run,
+    draw,
+    find_file,
+    is_folder,
+    load_trained,
+    measured,
+    parse,
+    read_rows,
+)
+from suites import Arithmetic, Commonsense, Instruct, Row, generate, majority
+
+# isort: split
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig, SFTTrainer
+
+Suite = type[Commonsense] | type[Arithmetic] | type[Instruct]
+
+
+@dataclass
+class GenerationArguments(PaperArguments):
+    """And what is asked of generation."""
+
+    dev_rows: int = field(
+        default=0,
+        metadata={"help": "Keep so many training rows back, and measure the loss on them as training goes on."},
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Another file or data set to evaluate (instruct.py only): rows with `instruction`."},
+    )
+
+
+class GenerationRun:
+    """A suite, what is asked of it, and the run's folder."""
+
+    def __init__(self, suite: Suite, argv: Sequence[str] | None, quick: dict[str, Any]) -> None:
+        quick = {"data": str(SAMPLES / suite.name)} | quick
+        self.suite = suite
+        self.arguments, self.training, recipe = parse(argv, GenerationArguments, SFTConfig, suite.name, {}, quick)
+        self.tasks = self.arguments.tasks or list(suite.tasks)
+        if unknown := set(self.tasks) - set(suite.tasks):
+            raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: {suite.name} has {', '.join(suite.tasks)}.")
+        self.options = dict(recipe.generation)
+        if self.arguments.max_new_tokens is not None:
+            self.options.pop("max_length", None)
+            self.options["max_new_tokens"] = self.arguments.max_new_tokens
+        if self.arguments.dev_rows and self.training.eval_strategy == "no":
+            self.training.eval_strategy = IntervalStrategy.EPOCH
+        self.run = Run(suite.name, Path(self.training.output_dir), self.arguments, self.training, "CAUSAL_LM")
+        self.tokenizer = load_tokenizer(self.arguments.model)
+
+    def model(self) -> PreTrainedModel:
+        """The model to evaluate: trained now or before, or the base model."""
+        set_seed(self.training.seed)
+        if self.arguments.method == "none" and self.arguments.adapter is None:
+            return self.load(self.arguments.model)
+        if not self.run.trains:
+            return load_trained(self.load, self.run).to(self.training.device)
+        trainer = self.trainer()
+        self.run.train(trainer)
+        return trainer.model
+
+    def load(self, name: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=self.arguments.dtype)
+        return model.to(self.training.device)
+
+    def trainer(self) -> SFTTrainer:
+        rows = self.without_hopeless(self.train_rows())
+        dev = rows[len(rows) - self.arguments.dev_rows :]
+        rows = rows[: len(rows) - self.arguments.dev_rows]
+        print(f"Training on {len(rows):,} rows, {len(dev)} kept back")
+        return SFTTrainer(
+            model=self.load(self.arguments.model),
+            args=self.training,
+            processing_class=self.tokenizer,
+            train_dataset=self.pairs(rows),
+            eval_dataset=self.pairs(dev) if dev else None,
+            peft_config=self.run.adapter,
+        )
+
+    def pairs(self, rows: list[Row]) -> Dataset:
+        """What TRL takes; it ends completions with the end-of-sequence token."""
+        return Dataset.from_list(
+            [{"prompt": self.suite.prompt(row), "completion": self.suite.completion(row)} for row in rows]
+        )
+
+    def train_rows(self) -> list[Row]:
+        """Drawn rows of the suite's training data."""
+        data, names = self.arguments.data, self.suite.train_files
+        if is_folder(data):
+            file = find_file(Path(data).expanduser(), names)
+            if file is None:
+                raise SystemExit(f"No training data in {data}: there is no {' and no '.join(names)}.")
+            rows = read_rows(file)
+        else:
+            rows = load_dataset(data, split="train").to_list()
+        number = self.arguments.train_rows
+        return draw(rows, None if number is None else number + self.arguments.dev_rows)
+
+    def without_hopeless(self, rows: list[Row]) -> list[Row]:
+        """Without those whose prompt alone fills the sequence, so that nothing of the answer is left to learn."""
+        prompts = self.tokenizer([self.suite.prompt(row) for row in rows])["input_ids"]
+        kept = [row for row, ids in zip(rows, prompts, strict=True) if len(ids) < self.training.max_length]
+        if len(kept) < len(rows):
+            print(f"Left out {len(rows) - len(kept)} rows with prompts of {self.training.max_length} tokens and more")
+        return kept
+
+    def test_rows(self, task: str) -> tuple[list[Row], str] | None:
+        """Drawn rows of a task's test data, and where they are from; None if there are none."""
+        data = self.arguments.data
+        if is_folder(data):
+            # A checkout of LLM-Adapters has dataset/<task>/test.json.
+            names = (f"{task}.test.jsonl.gz", f"{task}.heldout.jsonl.gz", f"dataset/{task}/test.json")
+            file = find_file(Path(data).expanduser(), names)
+            return None if file is None else (draw(read_rows(file), self.arguments.eval_rows), file.name)
+        rows = load_dataset(data, split="test").filter(lambda row: row["task"] == task).to_list()
+        return (draw(rows, self.arguments.eval_rows), f"{data}, test") if rows else None
+
+    def answers(self, model: PreTrainedModel, task: str, rows: list[Row]) -> list[str]:
+        """Prompts with the texts that follow; kept in `generations/`, so that an interrupted evaluation goes on."""
+        prompts = [self.suite.prompt(row) for row in rows]
+        file = self.run.folder / "generations" / f"{task}.jsonl"
+        head = {
+            "adapter": self.arguments.adapter,
+            "options": self.options,
+            "max_prompt": self.training.max_length,
+            "trained": self.run.training_file.stat().st_mtime if self.run.training_file.exists() else None,
+        }
+        done = _read_generations(file, head, prompts)
+        left = [number for number in range(len(rows)) if number not in done]
+        with file.open("a", encoding="utf-8") as stream:
+            for number, text in generate(
+                model,
+                self.tokenizer,
+                [prompts[number] for number in left],
+                self.training.per_device_eval_batch_size,
+                self.training.max_length,
+                task,
+                **self.options,
+            ):
+                done[left[number]] = text
+                line = {"number": left[number], "prompt": prompts[left[number]], "text": text}
+                print(json.dumps(line, ensure_ascii=False), file=stream, flush=True)
+        return [done[number] for number in range(len(rows))]
+
+
+def _read_generations(file: Path, head: dict[str, Any], prompts: list[str]) -> dict[int, str]:
+    """What an earlier evaluation in the same terms has written; starts the file anew if it was in others."""
+    if file.exists():
+        first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if first == head and all(prompts[line["number"]] == line["prompt"] for line in lines):
+            return {line["number"]: line["text"] for line in lines}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(head) + "\n", encoding="utf-8")
+    return {}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """With a padding token: as in the paper the one for unknown words, if it has none and there is one."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def scored_run(suite: type[Commonsense] | type[Arithmetic], argv: Sequence[str] | None, quick: dict[str, Any]) -> dict:
+    """Train, answer every task of a suite, and write the percentages of right answers beside the majority's."""
+    this = GenerationRun(suite, argv, quick)
+    model = this.model()
+    tasks: dict[str, dict[str, Any]] = {}
+    with measured() as cost:
+        for task in this.tasks:
+            found = this.test_rows(task)
+            if found is None:
+                print(f"{task}: no test data in {this.arguments.data}, left out")
+                continue
+            rows, source = found
+            texts = this.answers(model, task, rows)
+            answers = [suite.extract(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+            right = [suite.correct(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+            tasks[task] = {
+                "score": 100 * sum(right) / len(right),
+                "majority": majority([row["answer"] for row in rows]),
+                "rows": len(rows),
+                "unanswered": answers.count(""),
+                "source": source,
+            }
+            print("{:<16}{score:6.1f}   (majority {majority:.1f}, {rows} rows, {source})".format(task, **tasks[task]))
+    if not tasks:
+        raise SystemExit(f"{this.arguments.data} has test data of none of the tasks.")
+    average = sum(scores["score"] for scores in tasks.values()) / len(tasks)
+    print(f"{'average':<16}{average:6.1f}   over {len(tasks)} tasks")
+    return this.run.write(model, {"scores": {"average": average}, "tasks": tasks}, cost)

@@ -1,0 +1,168 @@
+"""GLUE: eight tasks through sequence classification (the paper's table 4).
+
+    python examples/paper/glue.py --quick                                         # the bundled model and data, offline
+    python examples/paper/glue.py --data FOLDER --method lora --tasks rte cola    # the bundled model
+    python examples/paper/glue.py --preset roberta-base                           # the paper's recipe, data of the hub
+
+FOLDER holds `<task>.train.jsonl.gz` and `<task>.validation.jsonl.gz`. As in the paper, one part of the validation set
+picks the best epoch and the rest gives the score. `--method none` trains the head alone. All flags, those of
+Transformers' TrainingArguments among them: --help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from runs import (
+    SAMPLES,
+    PaperArguments,
+    Run,
+    draw,
+    find_file,
+    is_folder,
+    load_trained,
+    measured,
+    parse,
+    read_rows,
+    write_json,
+)
+from suites import GLUE_TASKS, METRICS, Row, glue_metrics, validation_halves
+
+# isort: split
+from datasets import Dataset, load_dataset
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+    "label_names": ["labels"],
+}
+QUICK = {"data": str(SAMPLES / "glue"), "num_train_epochs": 2.0, "logging_steps": 1}
+
+
+@dataclass
+class GlueArguments(PaperArguments):
+    """And what is asked of classification. Its data are on the hub."""
+
+    data: str = field(
+        default="nyu-mll/glue", metadata={"help": "Folder of the data, or the name of a data set on the hub."}
+    )
+    max_length: int = field(default=256, metadata={"help": "Longest sequence, in tokens."})
+
+
+def load_split(data: str, task: str, split: str) -> list[Row]:
+    """All labeled rows of a task's training or validation split."""
+    if is_folder(data):
+        file = find_file(Path(data).expanduser(), [f"{task}.{split}.jsonl.gz"])
+        if file is None:
+            raise SystemExit(f"There is no {task}.{split}.jsonl.gz in {data}; leave the task out with --tasks.")
+        return read_rows(file)
+    return load_dataset(data, task, split=GLUE_TASKS[task].validation if split == "validation" else split).to_list()
+
+
+def has_files(data: str, task: str) -> bool:
+    return find_file(Path(data).expanduser(), [f"{task}.train.jsonl.gz"]) is not None
+
+
+def prepare(rows: list[Row], task: str, tokenize: Callable, longest_first: bool = False) -> Dataset:
+    """Tokenized sentences or pairs with their labels."""
+    texts = [[row[column] for row in rows] for column in GLUE_TASKS[task].columns]
+    kind = float if GLUE_TASKS[task].num_labels == 1 else int
+    tokens = tokenize(*texts)
+    order = range(len(rows))
+    if longest_first:  # less padding
+        order = sorted(order, key=lambda number: -len(tokens["input_ids"][number]))
+    columns = {**tokens, "labels": [kind(row["label"]) for row in rows]}
+    return Dataset.from_dict({name: [column[number] for number in order] for name, column in columns.items()})
+
+
+def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
+    """Train one task, keep the best epoch of the first part of the validation set, score on the other part."""
+    arguments, training = parse(argv, GlueArguments, TrainingArguments, "glue", DEFAULTS, QUICK, task)[:2]
+    training.output_dir = str(Path(training.output_dir, task))
+    run = Run("glue", Path(training.output_dir), arguments, training, "SEQ_CLS")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenize = partial(tokenizer, truncation=True, max_length=arguments.max_length)
+
+    validation = load_split(arguments.data, task, "validation")
+    parts = [
+        prepare([validation[number] for number in draw(part, arguments.eval_rows)], task, tokenize, longest_first=True)
+        for part in validation_halves(len(validation), training.seed)
+    ]
+    train = draw(load_split(arguments.data, task, "train"), arguments.train_rows) if run.trains else []
+    print(f"{task}: {len(train):,} rows to train on, {len(parts[0]):,} that pick the epoch, {len(parts[1]):,} to score")
+
+    set_seed(training.seed)
+    trainer = Trainer(
+        model=load_model(run, GLUE_TASKS[task].num_labels),
+        args=training,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=prepare(train, task, tokenize) if train else None,
+        eval_dataset=parts[0],
+        compute_metrics=lambda prediction: glue_metrics(task, prediction.predictions, prediction.label_ids),
+    )
+    if run.trains:
+        run.train(trainer)
+    with measured() as cost:
+        picked, scored = (metrics_of(trainer.evaluate(part)) for part in parts)
+    print(f"{task}: {scored['score']:.1f}")
+    results = {"scores": scored, "picking_scores": picked, "rows": {"picking": len(parts[0]), "scoring": len(parts[1])}}
+    return run.write(trainer.model, results, cost)
+
+
+def metrics_of(evaluation: dict[str, float]) -> dict[str, float]:
+    """Without what the trainer adds about itself."""
+    names = {"score", *METRICS}
+    evaluation = {name.removeprefix("eval_"): value for name, value in evaluation.items()}
+    return {name: value for name, value in evaluation.items() if name in names}
+
+
+def load_model(run: Run, num_labels: int) -> PreTrainedModel | PeftModel:
+    """The model to train, or the trained one."""
+
+    def load(name: str) -> PreTrainedModel:
+        dtype = run.arguments.dtype
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=dtype)
+
+    if not run.trains:
+        return load_trained(load, run)
+    model = load(run.arguments.model)
+    if run.arguments.method == "none":
+        model.base_model.requires_grad_(False)
+    return model if run.adapter is None else get_peft_model(model, run.adapter)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    asked, _ = HfArgumentParser(GlueArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    data = QUICK["data"] if asked.quick else asked.data
+    tasks = asked.tasks or [task for task in GLUE_TASKS if not is_folder(data) or has_files(data, task)]
+    if unknown := set(tasks) - set(GLUE_TASKS):
+        raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: GLUE has {', '.join(GLUE_TASKS)}.")
+    runs = {task: run_task(argv, task) for task in tasks}
+    average = sum(run["scores"]["score"] for run in runs.values()) / len(runs)
+    print(f"{'average':<16}{average:6.1f}   over {len(runs)} tasks")
+    results = {"suite": "glue", "scores": {"average": average}, "tasks": runs}
+    first = next(iter(runs.values()))
+    write_json(Path(first["configuration"]["training_arguments"]["output_dir"]).parent / "results.json", results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
