@@ -22,7 +22,7 @@ from runs import (
 )
 from suites import Arithmetic, Commonsense, Instruct, Row, generate, majority
 
-# isort: split
+# isort: split (runs sets what these read from the environment)
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -42,17 +42,19 @@ class GenerationArguments(PaperArguments):
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer, in tokens."})
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Another file or data set to evaluate (instruct.py only): rows with `instruction`."},
+        metadata={"help": "instruct.py only: a file to answer, rows with `instruction` (JSON or JSON lines)."},
     )
 
 
 class GenerationRun:
     """A suite, what is asked of it, and the run's folder."""
 
-    def __init__(self, suite: Suite, argv: Sequence[str] | None, quick: dict[str, Any]) -> None:
+    def __init__(
+        self, suite: Suite, argv: Sequence[str] | None, defaults: dict[str, Any], quick: dict[str, Any]
+    ) -> None:
         quick = {"data": str(SAMPLES / suite.name)} | quick
         self.suite = suite
-        self.arguments, self.training, recipe = parse(argv, GenerationArguments, SFTConfig, suite.name, {}, quick)
+        self.arguments, self.training, recipe = parse(argv, GenerationArguments, SFTConfig, suite.name, defaults, quick)
         self.tasks = self.arguments.tasks or list(suite.tasks)
         if unknown := set(self.tasks) - set(suite.tasks):
             raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: {suite.name} has {', '.join(suite.tasks)}.")
@@ -81,9 +83,7 @@ class GenerationRun:
         return model.to(self.training.device)
 
     def trainer(self) -> SFTTrainer:
-        rows = self.without_hopeless(self.train_rows())
-        dev = rows[len(rows) - self.arguments.dev_rows :]
-        rows = rows[: len(rows) - self.arguments.dev_rows]
+        rows, dev = self.split()
         print(f"Training on {len(rows):,} rows, {len(dev)} kept back")
         return SFTTrainer(
             model=self.load(self.arguments.model),
@@ -93,6 +93,12 @@ class GenerationRun:
             eval_dataset=self.pairs(dev) if dev else None,
             peft_config=self.run.adapter,
         )
+
+    def split(self) -> tuple[list[Row], list[Row]]:
+        """The rows to train on, and those kept back."""
+        rows = self.without_hopeless(self.train_rows())
+        end = len(rows) - self.arguments.dev_rows
+        return rows[:end], rows[end:]
 
     def pairs(self, rows: list[Row]) -> Dataset:
         """What TRL takes; it ends completions with the end-of-sequence token."""
@@ -181,7 +187,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def scored_run(suite: type[Commonsense] | type[Arithmetic], argv: Sequence[str] | None, quick: dict[str, Any]) -> dict:
     """Train, answer every task of a suite, and write the percentages of right answers beside the majority's."""
-    this = GenerationRun(suite, argv, quick)
+    this = GenerationRun(suite, argv, {}, quick)
     model = this.model()
     tasks: dict[str, dict[str, Any]] = {}
     with measured() as cost:

@@ -32,7 +32,7 @@ from runs import (
 )
 from suites import GLUE_TASKS, METRICS, Row, glue_metrics, validation_halves
 
-# isort: split
+# isort: split (runs sets what these read from the environment)
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -53,7 +53,7 @@ DEFAULTS = {
     "greater_is_better": True,
     "label_names": ["labels"],
 }
-QUICK = {"data": str(SAMPLES / "glue"), "num_train_epochs": 2.0, "logging_steps": 1}
+QUICK = {"data": str(SAMPLES / "glue"), "num_train_epochs": 2.0, "per_device_train_batch_size": 8, "logging_steps": 5}
 
 
 @dataclass

@@ -16,7 +16,6 @@ loss on training rows that are kept back: the rows that give the score have no s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import multiprocessing
@@ -140,10 +139,13 @@ class Job:
 
 
 def run_job(job: Job, options: argparse.Namespace) -> tuple[Job, str | None]:
-    """Run one job in this process, its output into `log.txt`; what went wrong, if anything."""
+    """Run one job, the only one of this process, its output into `log.txt`; what went wrong, if anything."""
     folder = job.folder(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (folder / "log.txt").open("a") as log:
+        # The process ends after this job.
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
         try:
             importlib.import_module(job.suite).main(job.command(options))
         except (Exception, SystemExit) as error:
@@ -278,7 +280,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.dry_run:
-        return estimate(sweep_jobs(options) + seed_jobs(options), options)
+        estimate(sweep_jobs(options) + seed_jobs(options), options)
+        return
     # Before the first import of torch: one thread a process.
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -286,7 +289,7 @@ def main() -> None:
         importlib.import_module(suite)
     run_all(sweep_jobs(options), options)
     run_all(seed_jobs(options), options)
-    return collect(sweep_jobs(options) + seed_jobs(options), options)
+    collect(sweep_jobs(options) + seed_jobs(options), options)
 
 
 if __name__ == "__main__":
