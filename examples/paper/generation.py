@@ -22,7 +22,7 @@ from runs import (
 )
 from suites import Arithmetic, Commonsense, Instruct, Row, generate, majority
 
-# isort: split (runs sets what these read from the environment)
+# isort: split
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy

@@ -32,7 +32,7 @@ from runs import (
 )
 from suites import GLUE_TASKS, METRICS, Row, glue_metrics, validation_halves
 
-# isort: split (runs sets what these read from the environment)
+# isort: split
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
 from transformers import (

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 SEEDS = {"cpu": [42, 43], "gpu": [42, 43, 44]}
 
-# Each three or four rates, a factor of three apart, around what is usual for the method.
+# The first three or four of each are used: a factor of three apart, around what is usual for the method.
 RATES = {
     "reft": [2e-3, 6e-3, 2e-2, 6e-4],
     "lora": [1e-3, 3e-3, 3e-4, 1e-2],
@@ -60,7 +60,9 @@ def contenders(suite: str, size: str) -> list[Contender]:
         *(Contender(f"LoReFT r={r}", ("--method", "loreft", "--rank", str(r)), "reft") for r in (small, large)),
         Contender(f"DiReFT r={large}", ("--method", "nodireft", "--rank", str(large)), "reft"),
         Contender("LoRA r=8, q and v", ("--method", "lora"), "lora"),
-        Contender("head alone" if suite == "glue" else "zero-shot", ("--method", "none"), "head"),
+        Contender("head alone", ("--method", "none"), "head")
+        if suite == "glue"
+        else Contender("zero-shot", ("--method", "none"), None),
     ]
     if size == "gpu":
         chosen += [
@@ -69,8 +71,6 @@ def contenders(suite: str, size: str) -> list[Contender]:
             Contender("IA3", ("--method", "ia3"), "ia3"),
             Contender("full", ("--method", "full"), "full"),
         ]
-    if suite != "glue":
-        chosen = [c if c.label != "zero-shot" else Contender(c.label, c.flags, None) for c in chosen]
     return chosen
 
 
@@ -174,8 +174,8 @@ def sweep_jobs(options: argparse.Namespace) -> list[Job]:
         for contender in contenders("glue" if task != "commonsense" else task, options.size):
             if options.methods and not any(name.lower() in contender.label.lower() for name in options.methods):
                 continue
-            rates = [None] if contender.rates is None else RATES[contender.rates][: options.rates]
-            jobs += [Job(task, contender, rate, options.seeds[0], options.size) for rate in sorted(rates, key=str)]
+            rates = [None] if contender.rates is None else sorted(RATES[contender.rates][: options.rates])
+            jobs += [Job(task, contender, rate, options.seeds[0], options.size) for rate in rates]
     return jobs
 
 
@@ -229,7 +229,8 @@ def collect(jobs: list[Job], options: argparse.Namespace) -> None:
     for job in dict.fromkeys(jobs):
         results = finished(job, options)
         if results is not None:
-            results["configuration"] = {"command": [*job.contender.flags, *TASKS[job.task][job.size]]}
+            command = {"method": job.contender.flags, "common": TASKS[job.task][job.size]}
+            results["configuration"] = {"command": command}
             results |= {"task": job.task, "label": job.contender.label, "learning_rate": job.rate, "size": job.size}
             results |= {"model": Path(results["model"]).name, "data": Path(results["data"]).name}
             lines.append(json.dumps(results, ensure_ascii=False))
@@ -239,11 +240,11 @@ def collect(jobs: list[Job], options: argparse.Namespace) -> None:
 
 
 def estimate(jobs: list[Job], options: argparse.Namespace) -> None:
-    """Print the runs that are left, with the time that runs of the same task and method have taken."""
+    """Print the runs that are left, with the processor time that runs of the same task and method have taken."""
     known: dict[tuple[str, str], list[float]] = {}
     for job in jobs:
         if (results := finished(job, options)) is not None:
-            seconds = sum(second or 0 for second in results["seconds"].values())
+            seconds = sum(second or 0 for second in results["processor_seconds"].values())
             known.setdefault((job.task, job.contender.label), []).append(seconds)
     total = 0.0
     for job in jobs:
@@ -252,7 +253,7 @@ def estimate(jobs: list[Job], options: argparse.Namespace) -> None:
         mean = sum(times) / len(times) if times else None
         total += 0 if done else mean or 0
         print(f"{job.name:<52} {'finished' if done else ''} {f'about {mean:.0f} s' if mean else ''}")
-    print(f"{len(jobs)} runs; those left with a known time take {total / 60:.0f} core-minutes")
+    print(f"{len(jobs)} runs; those left of a known kind take {total / 60:.0f} processor minutes")
 
 
 def parse_options() -> argparse.Namespace:

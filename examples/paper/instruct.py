@@ -21,7 +21,7 @@ from generation import GenerationRun
 from runs import draw, measured, read_rows, write_json
 from suites import Instruct, Row
 
-# isort: split (runs sets what these read from the environment)
+# isort: split
 from datasets import load_dataset
 
 DEFAULTS = {"dev_rows": 100}

@@ -1,6 +1,6 @@
 """What the suites' scripts share: arguments, data, starting, resuming and recording a run.
 
-Import it before torch and Transformers: it sets what they read from the environment.
+Import it before torch, Transformers and Datasets (hence `isort: split`): it sets what they read from the environment.
 """
 
 from __future__ import annotations
@@ -277,10 +277,9 @@ class Run:
             **parameters,
             "trainable_percent": 100 * parameters["trainable_parameters"] / parameters["base_parameters"],
             "adapter_bytes": stored_bytes(self.folder / "adapter"),
-            "seconds": {"train": training.get("cost", {}).get("seconds"), "evaluate": evaluation["seconds"]},
-            "peak_memory_mib": {
-                "train": training.get("cost", {}).get("peak_memory_mib"),
-                "evaluate": evaluation["peak_memory_mib"],
+            **{
+                name: {"train": training.get("cost", {}).get(name), "evaluate": evaluation[name]}
+                for name in ("seconds", "processor_seconds", "peak_memory_mib")
             },
             "resumed": training.get("resumed", False),
             "machine": machine(),
@@ -331,15 +330,16 @@ def stored_bytes(folder: Path) -> int:
 
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Seconds and peak memory of the block: the GPU's if there is one, else that of the whole process (on Linux)."""
+    """Seconds, processor seconds and peak memory of the block: the GPU's, or else that of the whole process."""
     cost: dict[str, float] = {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     yield cost
     cost["seconds"] = time.perf_counter() - begin
+    cost["processor_seconds"] = time.process_time() - processor
     cost["peak_memory_mib"] = _peak_bytes() / MIB
 
 
