@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from generation import scored_run
+from answering import scored_run
 from suites import Arithmetic
 
-QUICK = {"num_train_epochs": 1.0, "train_rows": 24, "eval_rows": 2, "logging_steps": 1, "max_new_tokens": 64}
+QUICK = {"num_train_epochs": 1.0, "train_rows": 16, "eval_rows": 2, "logging_steps": 1, "max_new_tokens": 48}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

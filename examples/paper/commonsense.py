@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from generation import scored_run
+from answering import scored_run
 from suites import Commonsense
 
 QUICK = {"num_train_epochs": 1.0, "train_rows": 48, "eval_rows": 8, "logging_steps": 1, "max_length": 160}

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from generation import GenerationRun
+from answering import GenerationRun
 from runs import draw, measured, read_rows, write_json
 from suites import Instruct, Row
 

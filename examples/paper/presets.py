@@ -10,7 +10,7 @@ from typing import Any
 
 from suites import GLUE_TASKS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class GenerationRun:
         """The model to evaluate: trained now or before, or the base model."""
         set_seed(self.training.seed)
         if self.arguments.method == "none" and self.arguments.adapter is None:
-            return self.load(self.arguments.model)
+            return self.load(self.arguments.model).requires_grad_(False)
         if not self.run.trains:
             return load_trained(self.load, self.run).to(self.training.device)
         trainer = self.trainer()

@@ -1,0 +1,683 @@
+"""The paper's suites: prompts, answers, metrics and presets as its recipe has them, and runs that resume."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, BertModel, TrainerCallback
+
+from peft_reft import ReftConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
+
+import answering
+import commonsense
+import glue
+import grid
+import instruct
+import numpy as np
+import presets
+import report
+import suites
+from methods import METHODS, peft_config
+from suites import Arithmetic, Commonsense, Instruct
+
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "examples" / "paper"
+
+
+def rows_of(path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# Prompts and answers
+
+
+def test_commonsense_prompt_is_the_instruction_and_a_line_break():
+    row = {"instruction": "Sun or moon?\n\nAnswer format: answer1/answer2", "answer": "answer2", "output": "wrong"}
+    assert Commonsense.prompt(row) == "Sun or moon?\n\nAnswer format: answer1/answer2\n"
+    assert Commonsense.completion(row) == "the correct answer is answer2"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Sun or moon?\nthe correct answer is answer2", "answer2"),
+        ("Sun or moon?\nthe correct answer is  answer2 \n", "answer2"),
+        # Cut after the first mark, and nothing else: what follows the answer makes it wrong.
+        (
+            "Sun or moon?\nthe correct answer is answer2 the correct answer is answer1",
+            "answer2 the correct answer is answer1",
+        ),
+        ("Sun or moon?\nthe correct answer is answer2.", "answer2."),
+        ("Sun or moon?\nanswer2", ""),
+        ("Sun or moon?\nThe correct answer is answer2", ""),
+        # The mark may stand in the question.
+        (
+            "Is 'the correct answer is no' true?\nthe correct answer is answer2",
+            "no' true?\nthe correct answer is answer2",
+        ),
+    ],
+)
+def test_commonsense_answer_follows_the_first_mark(text, answer):
+    assert Commonsense.extract(text, "answer2") == answer
+    assert Commonsense.correct(answer, "answer2") == (answer == "answer2")
+
+
+def response(text):
+    return Arithmetic.prompt({"instruction": "Add 3 and 4, or C and D."}) + text
+
+
+def test_arithmetic_prompt_is_alpacas_without_input():
+    assert response("") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd 3 and 4, or C and D.\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "answer", "right"),
+    [
+        ("3 + 4 = 7. The answer is 7.", "7.0", "7.", True),
+        ("The answer is 7 apples, not 8", "7.0", "8", False),
+        ("It is $1,234.50 in all", "1234.5", "1234.50", True),
+        ("That leaves -12", "-12", "-12", True),
+        ("About 0.3333", "0.333333333", "0.3333", True),
+        ("About 0.332", "0.333333333", "0.332", False),
+        ("I do not know", "7.0", "", False),
+        ("", "7.0", "", False),
+        # Letters: the first of A to E anywhere, also within a word.
+        ("The answer is (B).", "B", "B", True),
+        ("either C or B", "B", "C", False),
+        ("Because of this, D", "D", "B", False),
+        ("the answer is unknown", "D", "", False),
+        ("so 5 of 7, hence E", "E", "E", True),
+    ],
+)
+def test_arithmetic_answers(text, gold, answer, right):
+    assert Arithmetic.extract(response(text), gold) == answer
+    assert Arithmetic.correct(answer, gold) is right
+
+
+def test_numbers_of_the_question_are_not_the_answer():
+    assert Arithmetic.extract(response("no number"), "7.0") == ""
+    assert Arithmetic.extract("Add 3 and 4 = 7", "7.0") == ""
+
+
+def test_instruct_prompt_with_and_without_input():
+    without = Instruct.prompt({"instruction": "Rhyme.", "input": "", "output": "x"})
+    assert without.endswith("### Instruction:\nRhyme.\n\n### Response:\n")
+    assert "### Input" not in without
+    both = Instruct.prompt({"instruction": "Rhyme.", "input": "moon", "output": "x"})
+    assert "paired with an input" in both
+    assert both.endswith("### Instruction:\nRhyme.\n\n### Input:\nmoon\n\n### Response:\n")
+
+
+def test_model_outputs_have_what_alpaca_eval_reads():
+    rows = [{"instruction": "Rhyme.", "input": "moon"}, {"instruction": "Count.", "dataset": "koala"}]
+    texts = [Instruct.prompt(rows[0]) + " soon\n", Instruct.prompt(rows[1]) + "1\n2"]
+    assert instruct.model_outputs(rows, texts, "tiny-loreft", "kept back") == [
+        {"instruction": "Rhyme.\n\nmoon", "output": "soon", "generator": "tiny-loreft", "dataset": "kept back"},
+        {"instruction": "Count.", "output": "1\n2", "generator": "tiny-loreft", "dataset": "koala"},
+    ]
+
+
+def test_majority_is_the_share_of_the_most_frequent_answer():
+    assert suites.majority(["true", "false", "true", "true"]) == 75
+
+
+# GLUE
+
+
+@pytest.mark.parametrize(("rows", "first"), [(277, 138), (5000, 2500), (5001, 1000), (9815, 1000)])
+def test_validation_is_split_in_two(rows, first):
+    pick, scored = suites.validation_halves(rows, seed=42)
+    assert len(pick) == first
+    assert sorted(pick + scored) == list(range(rows))
+    assert suites.validation_halves(rows, seed=42) == (pick, scored)
+    assert suites.validation_halves(rows, seed=43) != (pick, scored)
+
+
+def one_hot(predicted, classes=2):
+    return np.eye(classes)[predicted]
+
+
+def test_glue_metrics_by_hand():
+    predicted, labels = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 1, 0, 1])
+    tp, tn, fp, fn = 3, 3, 1, 1
+    assert suites.glue_metrics("rte", one_hot(predicted), labels) == {"accuracy": 75, "score": 75}
+    mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert suites.glue_metrics("cola", one_hot(predicted), labels)["score"] == pytest.approx(100 * mcc)
+    f1 = tp / (tp + (fp + fn) / 2)
+    metrics = suites.glue_metrics("mrpc", one_hot(predicted), labels)
+    assert metrics == pytest.approx({"accuracy": 75, "f1": 100 * f1, "score": (75 + 100 * f1) / 2})
+    assert suites.glue_metrics("cola", one_hot(np.ones(8, dtype=int)), labels)["score"] == 0
+
+    numbers, gold = np.array([[0.0], [1.0], [1.0], [3.0]]), np.array([0.0, 2.0, 1.0, 9.0])
+    metrics = suites.glue_metrics("stsb", numbers, gold)
+    assert metrics["pearson"] == pytest.approx(100 * np.corrcoef(numbers[:, 0], gold)[0, 1])
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
+    assert metrics["spearmanr"] == pytest.approx(100 * np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
+    assert metrics["score"] == pytest.approx((metrics["pearson"] + metrics["spearmanr"]) / 2)
+
+
+# Presets: the paper's tables once more, in their own layout
+
+
+GLUE_ORDER = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+GLUE_TABLE = {
+    "roberta-base": (
+        "f1 f3 f3 f3 f11 f11 f3 f3",
+        "6e-4 6e-4 3e-4 4e-4 9e-4 6e-4 9e-4 6e-4",
+        ".05 .10 .05 .20 .05 .05 .05 .05",
+        ".06 .1 0 .005 .1 0 0 .03",
+        "40 40 40 60 20 40 60 60",
+    ),
+    "roberta-large": (
+        "f1 f3 f3 f3 f11 f11 f3 f3",
+        "6e-4 6e-4 3e-4 1e-4 9e-4 6e-4 6e-4 8e-4",
+        ".05 .05 .20 .20 .05 .05 .05 .05",
+        "0 .10 .06 .20 .10 .06 0 .20",
+        "20 20 30 30 20 20 30 30",
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", GLUE_TABLE)
+def test_glue_presets_are_the_papers(preset):
+    columns = zip(GLUE_ORDER, *(line.split() for line in GLUE_TABLE[preset]), strict=True)
+    for task, position, rate, dropout, warmup, epochs in columns:
+        recipe = presets.recipe("glue", preset, task)
+        training = recipe.training
+        assert (recipe.positions, recipe.dropout) == (position, float(dropout))
+        assert training["learning_rate"] == float(rate)
+        assert training["warmup_steps"] == float(warmup)
+        assert training["num_train_epochs"] == int(epochs)
+        assert (recipe.rank, recipe.layers, recipe.max_length) == (1, None, 256)
+        assert (training["per_device_train_batch_size"], training["weight_decay"]) == (32, 0)
+        assert recipe.model.endswith(preset)
+
+
+@pytest.mark.parametrize(
+    ("suite", "preset", "model", "rank", "layers", "positions", "tied", "batch", "epochs", "warmup", "length"),
+    [
+        ("commonsense", "llama-7b", "yahma/llama-7b-hf", 8, None, "f7+l7", True, (16, 2), 6, 0.1, 512),
+        ("commonsense", "llama-13b", "yahma/llama-13b-hf", 8, None, "f7+l7", True, (16, 2), 6, 0.1, 512),
+        ("arithmetic", "llama-7b", "yahma/llama-7b-hf", 8, None, "f7+l7", True, (16, 2), 12, 0.1, 512),
+        ("arithmetic", "llama-13b", "yahma/llama-13b-hf", 8, None, "f7+l7", True, (16, 2), 12, 0.1, 512),
+        ("instruct", "llama-7b", "meta-llama/Llama-2-7b-hf", 4, [3, 9, 18, 24], "f5+l5", False, (4, 32), 9, 0, 768),
+    ],
+)
+def test_generation_presets_are_the_papers(
+    suite, preset, model, rank, layers, positions, tied, batch, epochs, warmup, length
+):
+    recipe = presets.recipe(suite, preset)
+    training = recipe.training
+    assert (recipe.model, recipe.rank, recipe.layers, recipe.positions) == (model, rank, layers, positions)
+    assert (recipe.share_weights, recipe.dropout, recipe.max_length) == (tied, 0, length)
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == batch
+    assert (training["num_train_epochs"], training["warmup_steps"]) == (epochs, warmup)
+    assert (training["learning_rate"], training["lr_scheduler_type"], training["weight_decay"]) == (9e-4, "linear", 0)
+    expected = {
+        "commonsense": {"max_new_tokens": 32},
+        "arithmetic": {"max_new_tokens": 512},
+        "instruct": {"no_repeat_ngram_size": 5, "repetition_penalty": 1.1, "max_length": 2048},
+    }
+    assert recipe.generation == expected[suite]
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(SystemExit, match=r"no recipe for --preset llama-13b in instruct; there are llama-7b, smollm2"):
+        presets.recipe("instruct", "llama-13b")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_make_the_adapters_they_name(method):
+    config = peft_config(method, "CAUSAL_LM", 2, "f1+l2", [0, 2], False, 0.1, "pyreft")
+    if method in ("full", "none"):
+        assert config is None
+        return
+    assert config.peft_type == {"lora-all": "LORA", "dora": "LORA", "lora": "LORA", "ia3": "IA3"}.get(method, "REFT")
+    if isinstance(config, ReftConfig):
+        assert (config.intervention, config.r, config.positions) == (method, 2, "f1+l2")
+        assert (config.layers_to_transform, config.share_weights, config.dropout) == ([0, 2], False, 0.1)
+        assert config.init_weights == "pyreft"
+    elif method != "ia3":
+        assert (config.r, config.use_dora, config.lora_dropout) == (2, method == "dora", 0.1)
+
+
+# The samples of --quick
+
+
+SAMPLES = PAPER / "data"
+
+
+@pytest.mark.parametrize("task", suites.COMMONSENSE_TASKS)
+def test_commonsense_samples_have_gold_answers_among_their_options(task):
+    kind = "heldout" if task == "hellaswag" else "test"
+    rows = rows_of(SAMPLES / "commonsense" / f"{task}.{kind}.jsonl.gz")
+    assert len(rows) == 16
+    for row in rows:
+        options = re.search(r"Answer format: (\S+)$", row["instruction"]).group(1).split("/")
+        assert row["answer"] in options
+        assert row["output"] == f"the correct answer is {row['answer']}"
+        assert Commonsense.correct(Commonsense.extract(Commonsense.prompt(row) + row["output"], ""), row["answer"])
+
+
+@pytest.mark.parametrize("task", suites.ARITHMETIC_TASKS)
+def test_arithmetic_samples_have_gold_answers_of_their_kind(task):
+    rows = rows_of(SAMPLES / "arithmetic" / f"{task}.test.jsonl.gz")
+    assert len(rows) == 16
+    for row in rows:
+        gold = row["answer"]
+        assert gold in tuple("ABCDE") if task == "AQuA" else math.isfinite(float(gold))
+        assert Arithmetic.correct(Arithmetic.extract(response(f"so {gold}"), gold), gold)
+
+
+def test_training_samples():
+    train = rows_of(SAMPLES / "commonsense" / "train.jsonl.gz")
+    assert len(train) == 200
+    assert set(Counter(row["task"] for row in train)) == {
+        "boolq",
+        "hellaswag",
+        "openbookqa",
+        "ARC-Easy",
+        "ARC-Challenge",
+    }
+    train = rows_of(SAMPLES / "arithmetic" / "train.jsonl.gz")
+    assert len(train) == 120
+    # There the last number of the solution is the answer.
+    for row in train:
+        text = Arithmetic.prompt(row) + row["output"]
+        if suites.is_number(row["answer"]):
+            assert Arithmetic.correct(Arithmetic.extract(text, row["answer"]), row["answer"])
+    assert len(rows_of(SAMPLES / "instruct" / "train.jsonl.gz")) == 72
+    for task in ("sst2", "rte", "stsb"):
+        for split, number in (("train", 240), ("validation", 80)):
+            rows = rows_of(SAMPLES / "glue" / f"{task}.{split}.jsonl.gz")
+            assert len(rows) == number
+            assert set(rows[0]) == {*suites.GLUE_TASKS[task].columns, "label"}
+    assert sum(file.stat().st_size for file in SAMPLES.rglob("*")) < 300_000
+
+
+# Runs of tiny models
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def words(number):
+    return " ".join(f"w{6 + (number * step) % 50}" for step in (1, 3, 7, 11)[: 2 + number % 3])
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A tiny encoder and data of four kinds of tasks, in folders."""
+    folder = tmp_path / "encoder"
+    config = tiny.transformers.BertConfig(**tiny._BERT)
+    tiny.build(BertModel, config).save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.save_pretrained(folder)
+    for task in ("sst2", "mrpc", "stsb", "mnli"):
+        spec = suites.GLUE_TASKS[task]
+        rows = [
+            {name: words(number + place) for place, name in enumerate(spec.columns)}
+            | {"label": number / 8 if spec.num_labels == 1 else number % spec.num_labels}
+            for number in range(40)
+        ]
+        write_rows(tmp_path / "data" / f"{task}.train.jsonl.gz", rows)
+        write_rows(tmp_path / "data" / f"{task}.validation.jsonl.gz", rows[::-1])
+    return ["--model", str(folder), "--data", str(tmp_path / "data"), "--per_device_train_batch_size", "8"]
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    """A tiny language model and commonsense data, in folders."""
+    folder = tmp_path / "decoder"
+    tiny.llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    rows = [{"instruction": words(number), "answer": f"w{20 + number % 2}"} for number in range(24)]
+    write_rows(tmp_path / "data" / "train.jsonl.gz", rows)
+    write_rows(tmp_path / "data" / "boolq.test.jsonl.gz", rows[:10])
+    write_rows(tmp_path / "data" / "piqa.test.jsonl.gz", rows[10:15])
+    return [
+        *("--model", str(folder), "--data", str(tmp_path / "data"), "--max_new_tokens", "6"),
+        *("--per_device_train_batch_size", "4", "--positions", "f1+l1", "--rank", "2"),
+    ]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """Ends the process, so to say, at the beginning of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def interrupting(trainer_class, step):
+    class InterruptedTrainer(trainer_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, callbacks=[Interrupt(step)], **kwargs)
+
+    return InterruptedTrainer
+
+
+def assert_same_run(one, other):
+    weights, others = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor)
+
+
+def losses(results):
+    return [entry["loss"] for entry in results["log"] if "loss" in entry]
+
+
+def test_glue_resumes_as_if_nothing_had_happened(encoder, tmp_path, monkeypatch):
+    flags = [*encoder, "--tasks", "sst2", "--num_train_epochs", "3", "--logging_steps", "1"]
+    whole = glue.main([*flags, "--output_dir", str(tmp_path / "whole")])["tasks"]["sst2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "Trainer", interrupting(glue.Trainer, 8))
+        with pytest.raises(Interrupted):
+            glue.main([*flags, "--output_dir", str(tmp_path / "parts")])
+    parts = glue.main([*flags, "--output_dir", str(tmp_path / "parts")])["tasks"]["sst2"]
+    assert parts["resumed"]
+    assert not whole["resumed"]
+    assert_same_run(tmp_path / "whole" / "sst2" / "adapter", tmp_path / "parts" / "sst2" / "adapter")
+    assert losses(parts) == pytest.approx(losses(whole))
+    assert parts["scores"] == whole["scores"]
+    assert parts["picking_scores"]["score"] == max(
+        entry["eval_score"] for entry in parts["log"] if "eval_score" in entry
+    )
+
+    again = glue.main([*flags, "--output_dir", str(tmp_path / "whole"), "--eval-only"])["tasks"]["sst2"]
+    assert again["scores"] == whole["scores"]
+    assert again["trainable_parameters"] == whole["trainable_parameters"]
+
+
+def test_generation_resumes_as_if_nothing_had_happened(decoder, tmp_path, monkeypatch):
+    flags = [*decoder, "--num_train_epochs", "3", "--logging_steps", "1", "--dev_rows", "4"]
+    whole = commonsense.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "SFTTrainer", interrupting(answering.SFTTrainer, 8))
+        with pytest.raises(Interrupted):
+            commonsense.main([*flags, "--output_dir", str(tmp_path / "parts")])
+    parts = commonsense.main([*flags, "--output_dir", str(tmp_path / "parts")])
+    assert parts["resumed"]
+    assert_same_run(tmp_path / "whole" / "adapter", tmp_path / "parts" / "adapter")
+    assert losses(parts) == pytest.approx(losses(whole))
+    assert parts["tasks"] == whole["tasks"]
+
+    # An evaluation that ended early goes on with the rows that are left.
+    file = tmp_path / "parts" / "generations" / "boolq.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 1 + 10
+    file.write_text("\n".join(lines[:5]) + "\n")
+    monkeypatch.setattr(answering, "generate", counting := Counting(answering.generate))
+    assert commonsense.main([*flags, "--output_dir", str(tmp_path / "parts")])["tasks"] == whole["tasks"]
+    assert counting.prompts == {"boolq": 6, "piqa": 0}
+    assert sorted(file.read_text().splitlines()[1:]) == sorted(lines[1:])
+
+    with pytest.raises(
+        SystemExit, match=r"holds a run with learning_rate = 0\.004, this one has 0\.01: choose another"
+    ):
+        commonsense.main([*flags, "--output_dir", str(tmp_path / "parts"), "--learning_rate", "0.01"])
+
+
+class Counting:
+    def __init__(self, function):
+        self.function, self.prompts = function, {}
+
+    def __call__(self, model, tokenizer, prompts, batch_size, max_prompt, title, **options):
+        self.prompts[title] = len(prompts)
+        return self.function(model, tokenizer, prompts, batch_size, max_prompt, title, **options)
+
+
+def test_generation_in_batches_is_that_of_each_prompt_alone(decoder):
+    tokenizer = answering.load_tokenizer(decoder[1])
+    model = answering.AutoModelForCausalLM.from_pretrained(decoder[1])
+    prompts = [words(number) for number in range(7)]
+    texts = dict(suites.generate(model, tokenizer, prompts, 3, 64, "all", max_new_tokens=5))
+    for number, prompt in enumerate(prompts):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        alone = model.generate(**inputs, do_sample=False, max_new_tokens=5)
+        assert texts[number] == tokenizer.decode(alone[0], skip_special_tokens=True)
+        assert texts[number].startswith(prompt)
+
+
+RESULTS = {
+    *("suite", "preset", "model", "method", "data", "seed", "scores", "tasks", "trainable_parameters"),
+    *("head_parameters", "base_parameters", "trainable_percent", "adapter_bytes", "seconds", "processor_seconds"),
+    *("peak_memory_mib", "resumed", "machine", "versions", "configuration", "log"),
+}
+
+
+def test_results_of_a_generation_run(decoder, tmp_path):
+    results = commonsense.main([*decoder, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")])
+    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results.keys() == RESULTS
+    # Per layer R and W of [2, hidden] and b of [2].
+    assert results["trainable_parameters"] == tiny.LAYERS * (2 * 2 * tiny.HIDDEN + 2)
+    assert results["base_parameters"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
+    assert results["adapter_bytes"] == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert set(results["tasks"]) == {"boolq", "piqa"}
+    scores = [task["score"] for task in results["tasks"].values()]
+    assert results["scores"]["average"] == pytest.approx(sum(scores) / 2)
+    assert results["tasks"]["boolq"]["rows"] == 10
+    assert results["tasks"]["piqa"]["majority"] == 60
+    configuration = results["configuration"]
+    assert configuration["arguments"]["rank"] == 2
+    assert configuration["training_arguments"]["seed"] == results["seed"] == 42
+    assert configuration["adapter"]["positions"] == "f1+l1"
+
+    base = commonsense.main([*decoder, "--method", "none", "--output_dir", str(tmp_path / "base")])
+    assert (base["trainable_parameters"], base["adapter_bytes"], base["log"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "none"])
+def test_results_of_a_glue_run(encoder, tmp_path, method):
+    flags = [*encoder, "--method", method, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    both = glue.main([*flags, "--tasks", "sst2", "stsb"])
+    head, hidden = tiny.HIDDEN + 1, tiny.HIDDEN
+    model = BertForSequenceClassification.from_pretrained(encoder[1], num_labels=2)
+    for task, results in both["tasks"].items():
+        assert results == json.loads((tmp_path / "run" / task / "results.json").read_text())
+        expected = (RESULTS - {"tasks"}) | {"picking_scores", "rows"}
+        assert results.keys() == expected
+        assert results["rows"] == {"picking": 20, "scoring": 20}
+        assert set(results["scores"]) == {"score", *suites.GLUE_TASKS[task].metrics}
+        assert results["head_parameters"] == head * suites.GLUE_TASKS[task].num_labels
+    sst2 = both["tasks"]["sst2"]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    extra = {"lora": tiny.LAYERS * 2 * 2 * 8 * hidden, "full": everything - 2 * head, "none": 0}[method]
+    assert sst2["trainable_parameters"] == 2 * head + extra
+    assert sst2["base_parameters"] == everything
+    again = glue.main([*flags, "--tasks", "sst2", "--eval_only"])
+    assert again["tasks"]["sst2"]["scores"] == sst2["scores"]
+
+
+def test_glue_takes_pairs_and_three_classes(encoder, tmp_path):
+    results = glue.main([*encoder, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")])
+    assert set(results["tasks"]) == {"sst2", "mrpc", "stsb", "mnli"}
+    assert results["tasks"]["mnli"]["head_parameters"] == 3 * (tiny.HIDDEN + 1)
+    scores = [task["scores"]["score"] for task in results["tasks"].values()]
+    assert results["scores"]["average"] == pytest.approx(sum(scores) / 4)
+
+
+def test_rows_without_room_for_an_answer_are_left_out(decoder, tmp_path, capsys):
+    flags = [*decoder, "--num_train_epochs", "1", "--max_length", "3", "--output_dir", str(tmp_path / "run")]
+    commonsense.main(flags)
+    # A third of the prompts each has two, three and four words.
+    assert "Left out 16 rows with prompts of 3 tokens and more" in capsys.readouterr().out
+
+
+# The grid and its report
+
+
+def result(label, rate, seed, quality, score, task="sst2", parameters=770 + 100):
+    return {
+        "suite": "glue",
+        "task": task,
+        "label": label,
+        "learning_rate": rate,
+        "seed": seed,
+        "model": "tiny",
+        "scores": {"score": score},
+        "picking_scores": {"score": quality},
+        "trainable_parameters": parameters,
+        "head_parameters": 770,
+        "base_parameters": 10_000,
+        "adapter_bytes": 2048,
+        "seconds": {"train": 3.0, "evaluate": 1.0},
+        "processor_seconds": {"train": 2.0, "evaluate": 1.0},
+        "peak_memory_mib": {"train": 100.0, "evaluate": 50.0},
+        "machine": "Some processor, 1 threads of 2 CPUs",
+        "versions": "torch 1",
+        "configuration": {"command": {"method": [], "common": ["--train_rows", "8"]}},
+        "log": [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}],
+    }
+
+
+def test_report_picks_the_rate_by_rows_that_do_not_score(tmp_path):
+    results = [
+        result("LoReFT r=4", 1e-3, 42, 60, 90),
+        result("LoReFT r=4", 3e-3, 42, 70, 65),
+        result("LoReFT r=4", 1e-2, 42, 61, 95),
+        result("LoReFT r=4", 3e-3, 43, 75, 71),
+        result("head alone", 1e-3, 42, 50, 40, parameters=770),
+        result("head alone", 3e-3, 42, 55, 51, parameters=770),
+    ]
+    text = report.render(results, tmp_path)
+    assert "| LoReFT r=4 | 100 | 1.000% | 0.003 | **68.0** | 65.0 to 71.0 | 2 | 2 | 100 | 2 |" in text
+    # The best rate is the largest one tried.
+    assert "| head alone | 0 | 0.000% | 0.003 * | **51.0** | - | 1 |" in text
+    assert (tmp_path / "scores.png").stat().st_size > 5000
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_report_keeps_the_text_around_it(tmp_path, monkeypatch):
+    (tmp_path / "r.jsonl").write_text(json.dumps(result("LoReFT r=4", 1e-3, 42, 60, 90)) + "\n")
+    document = tmp_path / "OUT.md"
+    document.write_text(f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "r.jsonl"), "--document", str(document)])
+    report.main()
+    text = document.read_text()
+    assert text.startswith("# Title\n\nBefore.\n\n")
+    assert text.endswith("\n\nAfter.\n")
+    assert "old" not in text
+    report.main()
+    assert document.read_text() == text
+
+
+def test_every_method_of_the_grid_is_swept_over_as_many_rates():
+    for size, number in grid.NUMBER_OF_RATES.items():
+        for rates in grid.RATES.values():
+            chosen = sorted(rates[:number])
+            assert len(chosen) == number
+            steps = [after / before for before, after in pairwise(chosen)]
+            assert steps == pytest.approx([10**0.5] * len(steps), rel=0.1), size
+
+
+# PEFT's own benchmark
+
+
+COMPARISON = ROOT / "examples" / "method_comparison"
+EXPERIMENTS = sorted((COMPARISON / "experiments").glob("*/*"))
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
+def test_experiments_load_as_the_benchmark_loads_them(folder):
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    assert isinstance(config, ReftConfig)
+    assert (config.positions, config.task_type) == ("all", "CAUSAL_LM")
+    method, rank = re.search(r"-(\w+)-rank(\d+)$", folder.name).groups()
+    assert config.intervention == {"loreft": "loreft", "direft": "nodireft"}[method]
+    assert config.r == int(rank)
+    training = json.loads((folder / "training_params.json").read_text())
+    assert training == {"optimizer_kwargs": {"lr": 9e-4, "weight_decay": 0.0}}
+    # The README's count, of Llama-3.2-3B: 28 layers of 3,072.
+    parameters = 28 * (2 * config.r * 3072 + config.r)
+    assert f"`reft/{folder.name}` | " in (readme := (COMPARISON / "README.md").read_text())
+    assert f"{parameters:,}" in next(line for line in readme.splitlines() if folder.name in line)
+
+
+def test_experiments_train_on_questions_too():
+    """What the benchmark does: labels on every token, which positions at the prompt's end refuse."""
+    from peft import PeftConfig, get_peft_model
+
+    ids = torch.randint(6, tiny.VOCAB, (2, 9))
+    config = PeftConfig.from_pretrained(EXPERIMENTS[0])
+    model = get_peft_model(tiny.llama(), config)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    config.positions = "f7+l7"
+    with pytest.raises(ValueError, match="positions"):
+        get_peft_model(tiny.llama(), config)(input_ids=ids, labels=ids)
+
+
+def test_readmes_command_runs_their_script_with_reft_known(tmp_path):
+    """With a stand-in for the benchmark's `run.py` that loads the configuration it is given, as that does."""
+    command = re.search(r"^python -c '(.*)' -v (\S+)$", (COMPARISON / "README.md").read_text(), re.MULTILINE)
+    shutil.copytree(COMPARISON / "experiments", tmp_path / "experiments")
+    (tmp_path / "helper.py").write_text("from peft import PeftConfig\n")
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom helper import PeftConfig\n"
+        "if __name__ == '__main__':\n    print(sys.argv[1:], PeftConfig.from_pretrained(sys.argv[2]).peft_type.value)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", command.group(1), "-v", command.group(2)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == f"['-v', '{command.group(2)}'] REFT"
+
+
+# The real models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["glue", "commonsense", "arithmetic", "instruct"])
+def test_quick_runs_offline(script, tmp_path):
+    command = [sys.executable, PAPER / f"{script}.py", "--quick", "--output_dir", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    if script == "instruct":
+        outputs = json.loads((tmp_path / "model_outputs.json").read_text())
+        assert len(outputs) == results["rows"] > 0
+        assert all(set(row) == {"instruction", "output", "generator", "dataset"} for row in outputs)
+    else:
+        tasks = {"glue": {"sst2", "rte", "stsb"}, "arithmetic": set(suites.ARITHMETIC_TASKS)}
+        assert set(results["tasks"]) == tasks.get(script, set(suites.COMMONSENSE_TASKS))
+        assert 0 <= results["scores"]["average"] <= 100
+    log = results["log"] if script != "glue" else results["tasks"]["sst2"]["log"]
+    first, *_, last = [entry["loss"] for entry in log if "loss" in entry]
+    assert last < first
