@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_reft.modules import named_base_modules
+
 # What of a module is edited.
 OUTPUT, INPUT = "output", "input"
 
@@ -60,8 +62,8 @@ def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
 def _attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost attention modules."""
     inside: tuple[str, ...] = ()
-    for name, module in _base_modules(block):
-        if not name or name.startswith(inside):
+    for name, module in named_base_modules(block):
+        if name.startswith(inside):
             continue
         called_so = re.search("atten|attn", type(module).__name__, re.IGNORECASE)
         if called_so and any(_is_linear(part) for part in module.modules()):
@@ -83,7 +85,7 @@ def _mlp(block: nn.Module) -> tuple[str, nn.Module] | None:
         return whole[0] if len(whole) == 1 and _has_experts(whole[0][1]) else None
     found = [
         (name, module)
-        for name, module in _base_modules(block)
+        for name, module in named_base_modules(block)
         if _is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS and not name.startswith(attentions)
     ]
     if found:
@@ -98,20 +100,10 @@ def _has_experts(module: nn.Module) -> bool:
 def _last_projection(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
     found = [
         (f"{name}.{part}", linear)
-        for part, linear in _base_modules(module)
+        for part, linear in named_base_modules(module)
         if _is_linear(linear) and part.rpartition(".")[2] in names
     ]
     return found[-1] if found else None
-
-
-def _base_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules, without what is inside the layers of adapters."""
-    inside: tuple[str, ...] = ()
-    for name, part in module.named_modules():
-        if not name.startswith(inside):
-            yield name, part
-        if isinstance(part, BaseTunerLayer):
-            inside += (f"{name}.",)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -79,7 +79,8 @@ class Intervention(nn.Module):
         self.units = units
         self.act_name = None if act_fn == "linear" else act_fn
         self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
-        self.dropout = nn.Dropout(dropout)
+        # A module of its own would be one more for each adapter to go through.
+        self.dropout = dropout
         self._create_parameters(features, rank, units)
         if not next(self.parameters()).is_meta:
             with torch.no_grad():
@@ -132,8 +133,8 @@ class Intervention(nn.Module):
         edit = self.edit(hidden, gate, coordinates, session)
         if strength != 1.0:
             edit = strength * edit
-        if self.training and self.dropout.p > 0 and strength != 0:
-            edit = self.dropout(hidden + edit) - hidden
+        if self.training and self.dropout > 0 and strength != 0:
+            edit = nn.functional.dropout(hidden + edit, self.dropout) - hidden
             if gate is not None:
                 edit = edit * gate.sum(-1, keepdim=True)
         return edit
@@ -309,7 +310,7 @@ class LowRankIntervention(Intervention):
         session: object = None,
         keep_output: bool = False,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0 and strength != 0):
+        if torch.compiler.is_compiling() or (self.training and self.dropout > 0 and strength != 0):
             return super().add(hidden, gate, coordinates, strength, session)
         left, right, shift = self.products(precise(hidden.dtype), coordinates, session)
         return add_low_rank(hidden, left, right, shift, self._link(gate, coordinates, strength), keep_output)

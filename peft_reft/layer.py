@@ -18,9 +18,10 @@ from peft_reft.apply import edit_rows, edit_tokens, shaped
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS, Intervention, precise
+from peft_reft.modules import modules_around, named_modules
 from peft_reft.plan import EVERYTHING, Plan, RowSelection
 from peft_reft.positions import Positions
-from peft_reft.rows import RowEdit, Rows, modules_around
+from peft_reft.rows import RowEdit, Rows
 from peft_reft.sites import Site
 from peft_reft.tracker import PromptTracker
 
@@ -170,13 +171,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             intervention.to(_device(module))
         intervention.train(self.training)
         self.reft_intervention[adapter_name] = intervention
-        self._measure_reach()
-        self.set_adapter(self.active_adapters)
+        self._reach = max(self._reach, _reach(positions))
+        self._train(intervention, adapter_name in self.active_adapters)
+        self._freeze_subspaces()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, and freeze the others."""
-        super().set_adapter(adapter_names, inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, intervention in self.reft_intervention.items():
+            self._train(intervention, name in names and not inference_mode)
+        self._active_adapter = names
         self._freeze_subspaces()
+
+    @staticmethod
+    def _train(intervention: Intervention, wanted: bool) -> None:
+        for parameter in intervention._parameters.values():
+            # Asking is faster: most adapters of many stay as they are.
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze adapters; subspaces that are set to be frozen stay so."""
@@ -204,12 +216,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
-        self._measure_reach()
-
-    def _measure_reach(self) -> None:
-        """How many tokens behind the prompt its adapters edit at most: decoding steps behind those leave it alone."""
-        specs = [settings.positions for settings in self.reft_settings.values()]
-        self._reach = max((math.inf if spec.tail else spec.counted for spec in specs), default=0)
+        self._reach = max((_reach(settings.positions) for settings in self.reft_settings.values()), default=0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing. PEFT calls it to merge adapters of another method on the same model; see `merge_into`."""
@@ -293,7 +300,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 "first."
             )
         if plan.rows is None or plan.rows.adapters is None:
-            return not self._actions(plan)
+            return len(self._actions(plan)) == 0
         return self._disable_adapters or not any(name in self.reft_intervention for name in plan.rows.adapters)
 
     def _actions(self, plan: Plan) -> tuple[Action, ...]:
@@ -382,9 +389,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
 def layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
     """Every edited module of a model with its layer (or layers)."""
-    for module in model.modules():
+    for _, module in named_modules(model):
         for layer in ReftLayer.of(module):
             yield module, layer
+
+
+def _reach(positions: Positions) -> float:
+    """How many tokens behind the prompt are edited at most; decoding steps behind those have nothing to do."""
+    return math.inf if positions.tail else positions.counted
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,9 +20,10 @@ from peft_reft import merging
 from peft_reft.config import ReftConfig
 from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
+from peft_reft.modules import modules_around
 from peft_reft.plan import DECODER, ENCODER
 from peft_reft.quantized import allow_packing, forbid_packing
-from peft_reft.rows import Rows, modules_around
+from peft_reft.rows import Rows
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
 from peft_reft.steering import SteeringMixin
 from peft_reft.tracker import Entry, PromptTracker
@@ -133,14 +135,29 @@ class ReftModel(SteeringMixin, BaseTuner):
             layer.update_layer(adapter_name, peft_config, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Interventions are created in float32; as with LoRA, no autocast means the dtype of the adapted module.
-        if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            return
+        # PEFT's own goes through every adapter there is.
         for module, layer in layers(self.model):
+            if adapter_name not in layer.reft_intervention:
+                continue
+            intervention = layer.reft_intervention[adapter_name]
+            if autocast_adapter_dtype:
+                if any(parameter.element_size() < 4 for parameter in intervention.parameters()):
+                    intervention.float()
+                continue
+            # As with LoRA, no autocast means the dtype of the adapted module.
             floats = (p.dtype for p in _own_parameters(module, layer) if p.is_floating_point())
-            if adapter_name in layer.reft_intervention and (dtype := next(floats, None)) is not None:
-                layer.reft_intervention[adapter_name].to(dtype)
+            if (dtype := next(floats, None)) is not None:
+                intervention.to(dtype)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        around = list(modules_around(model))
+        if any(_adapts(module) and not isinstance(module, ReftLayer) for module in around):
+            super()._mark_only_adapters_as_trainable(model)
+            return
+        # PEFT's own goes through every adapter there is.
+        for module in around:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -292,6 +309,10 @@ class ReftModel(SteeringMixin, BaseTuner):
         # `weight`, which many heads lack.
         if not isinstance(child, BaseTunerLayer):
             setattr(parent, child_name, new_module)
+
+
+def _adapts(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_reft.modules import modules_around
 from peft_reft.positions import Positions
 from peft_reft.stacked import Member, Stacked, family, stack
 
@@ -183,16 +183,6 @@ class Rows:
                 "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
             )
         return [row // (batch // count) for row in range(batch)]
-
-
-def modules_around(module: nn.Module) -> Iterator[nn.Module]:
-    """As `module.modules()`, without what is inside of adapter layers: hundreds of adapters take long to go through."""
-    waiting = [module]
-    while waiting:
-        module = waiting.pop()
-        yield module
-        if not isinstance(module, BaseTunerLayer):
-            waiting.extend(reversed(list(module.children())))
 
 
 def _member(layer: ReftLayer, name: str, subspaces: tuple[str, ...] | None) -> Member:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_reft.components import OUTPUT, find_component, has_output
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
+from peft_reft.modules import named_base_modules, named_modules
 from peft_reft.plan import DECODER, ENCODER
 
 
@@ -84,7 +83,7 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     `nn.ModuleList`s of blocks, and of those in one stream the one that holds the most parameters (two, if they hold
     equally many). Empty for anything but a Transformers model.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model)}
     lists: list[BlockList] = []
     seen: set[nn.Module] = set()
     for stream, part in _streams(model).items():
@@ -92,7 +91,7 @@ def block_lists(model: nn.Module) -> list[BlockList]:
         largest = [blocks for blocks, size in sizes.items() if size == max(sizes.values())]
         lists += [BlockList(names[b], b, _owner(model, names[b]), stream) for b in largest]
         # Some decoders (Florence-2) hold the encoder too.
-        seen.update(part.modules())
+        seen.update(module for _, module in named_modules(part))
     return lists
 
 
@@ -118,7 +117,7 @@ def _text_part(model: PreTrainedModel) -> PreTrainedModel | None:
     # Composite encoder-decoder models call their decoder's configuration the text configuration.
     if text_config is model.config or getattr(model.config, "is_encoder_decoder", False):
         return model
-    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    parts = (module for _, module in named_modules(model) if isinstance(module, PreTrainedModel))
     return next((part for part in parts if type(part.config) is type(text_config)), None)
 
 
@@ -135,7 +134,7 @@ def _text_lists(model: PreTrainedModel, names: Mapping[nn.Module, str], part: nn
 def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     """Lists of modules whose parts have parts themselves: blocks, rather than projections or experts."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if name.startswith(inside) or not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         if all(any(_has_parts(part) for part in block.children()) for block in module):
@@ -148,7 +147,7 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(p.numel() for _, part in named_modules(module) for p in part.parameters(recurse=False))
 
 
 def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
@@ -214,7 +213,7 @@ def _without_left_out(sites: list[Site], config: ReftConfig) -> list[Site]:
 def _streams_by_module(model: nn.Module) -> dict[nn.Module, str]:
     # The encoder last: some decoders hold it too.
     parts = reversed(_streams(model).items())
-    return {module: stream for stream, part in parts for module in part.modules()}
+    return {module: stream for stream, part in parts for _, module in named_modules(part)}
 
 
 def _edited_streams(model: nn.Module, config: ReftConfig) -> set[str]:
@@ -309,7 +308,7 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
         _check_layers(homes, config)
     streams = _streams_by_module(model)
     sites = []
-    for name, module in _base_modules(model):
+    for name, module in named_base_modules(model):
         if not matches(config.target_modules, name) or not has_output(module):
             continue
         home = next((bl for bl in homes if name.startswith(f"{bl.name}.")), None)
@@ -329,18 +328,6 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
             "output to edit."
         )
     return sites
-
-
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model, but for ReFT's own layers and for what is inside wrappers of other methods."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        wraps = isinstance(module, AuxiliaryTrainingWrapper) or hasattr(module, "base_layer")
-        if name and not name.startswith(inside) and (wraps or not adapter):
-            yield name, module
-        if adapter:
-            inside += (f"{name}.",)
 
 
 def _index_in(home: BlockList, name: str) -> int:

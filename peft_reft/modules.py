@@ -1,0 +1,45 @@
+"""Going through the modules of a model without what adapters added to it: hundreds of them would take long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`; of adapter layers themselves and what they wrap, not their adapters."""
+    waiting, seen = [("", model)], set()
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        for child, part in reversed(module._modules.items()):
+            if part is not None and (child == "base_layer" or not isinstance(module, BaseTunerLayer)):
+                waiting.append((f"{name}.{child}" if name else child, part))
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the model as it was: wrappers stand for what they wrap; without the model itself."""
+    inside: tuple[str, ...] = ()
+    for name, module in named_modules(model):
+        adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        wraps = isinstance(module, AuxiliaryTrainingWrapper) or hasattr(module, "base_layer")
+        if name and not name.startswith(inside) and (wraps or not adapter):
+            yield name, module
+        if adapter:
+            inside += (f"{name}.",)
+
+
+def modules_around(module: nn.Module) -> Iterator[nn.Module]:
+    """As `module.modules()`, of adapter layers only themselves."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, BaseTunerLayer):
+            waiting.extend(reversed(list(module.children())))
