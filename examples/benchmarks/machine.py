@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 
 
-def machine() -> str:
-    """The accelerator if there is one, else the processor and the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: str | None = None) -> str:
+    """The processor and its threads, or the accelerator if `device` is one (by default: if there is one)."""
+    if torch.cuda.is_available() if device is None else torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} CPUs"
 
 
 def versions(*packages: str) -> str:

@@ -1,0 +1,103 @@
+"""Models for the benchmarks, the adapters that they compare, and the floor of a training step."""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from peft_reft import ReftConfig
+
+logging.disable_progress_bar()
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+    }
+
+
+# Random Llamas. "wide" has the widths of a 7B model and a small vocabulary, so that it is its two layers that count.
+SHAPES = {
+    "tiny": _llama(128, 256, 3, 4, 1000),
+    "11m": _llama(384, 1024, 6, 6, 1000),
+    "34m": _llama(512, 1408, 8, 8, 8000),
+    "wide": _llama(4096, 11008, 2, 32, 1000),
+    "1b": _llama(2048, 5504, 24, 16, 32000),
+    "7b": _llama(4096, 11008, 32, 32, 32000),
+}
+
+LOREFT, LOREFT_ALL, LOREFT_UPPER = "LoReFT f7+l7", "LoReFT all", "LoReFT f7+l7, upper half"
+LOREFT_COMPLETION = "LoReFT completion"
+LORA, LORA_ALL = "LoRA r=8, q and v", "LoRA r=16, all linear"
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A random Llama of `SHAPES`, `smollm2`, or what `from_pretrained` takes."""
+    if name in SHAPES:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **SHAPES[name])).to(dtype).eval()
+    if name == "smollm2":
+        from smollm2 import smollm2_folder
+
+        name = smollm2_folder()
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the same parameters: many variants in the memory of one model."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, shared)
+
+
+def depth(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def describe(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {millions:.0f} million parameters"
+
+
+def adapter(variant: str, layers: int, **options: Any) -> PeftConfig:
+    """The configuration of a variant; `layers` is the number of layers of its model."""
+    if variant.startswith("LoReFT"):
+        positions = variant.removeprefix("LoReFT ").partition(",")[0]
+        chosen = list(range(layers // 2, layers)) if variant == LOREFT_UPPER else None
+        return ReftConfig(r=4, positions=positions, layers_to_transform=chosen, task_type="CAUSAL_LM", **options)
+    targets = {"r": 8, "target_modules": ["q_proj", "v_proj"]} if variant == LORA else {"r": 16, "target_modules": "all-linear"}
+    return LoraConfig(task_type="CAUSAL_LM", **targets, **options)
+
+
+def adapted(model: PreTrainedModel, variant: str, random: bool = False) -> PeftModel:
+    """A twin of `model` with a variant's adapter: a fresh one, or one with random weights."""
+    options = {}
+    if random:
+        options["init_weights" if variant.startswith("LoReFT") else "init_lora_weights"] = False
+    return get_peft_model(twin(model), adapter(variant, depth(model), **options))
+
+
+def floor(model: PreTrainedModel, layer: int) -> PreTrainedModel:
+    """A frozen twin whose backward pass ends at the output of a block: what no training of an edit there can undercut."""
+    frozen = twin(model).requires_grad_(False)
+    blocks = next(m for m in frozen.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model))
+
+    def begin_graph(module: nn.Module, args: tuple, output: Any) -> None:
+        (output if isinstance(output, torch.Tensor) else output[0]).requires_grad_()
+
+    blocks[layer].register_forward_hook(begin_graph)
+    return frozen
