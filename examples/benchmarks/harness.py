@@ -98,7 +98,9 @@ def parser(description: str, model: str | None = "34m", rounds: int | None = 9) 
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if model is not None:
         shapes = ", ".join(SHAPES)
-        help_ = f"a random Llama ({shapes}), smollm2 (the bundled model), or a folder or hub name (default: %(default)s)"
+        help_ = (
+            f"a random Llama ({shapes}), smollm2 (the bundled model), or a folder or hub name (default: %(default)s)"
+        )
         result.add_argument("--model", default=model, help=help_)
     result.add_argument("--device", default="cpu")
     result.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

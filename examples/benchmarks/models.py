@@ -79,7 +79,11 @@ def adapter(variant: str, layers: int, **options: Any) -> PeftConfig:
         positions = variant.removeprefix("LoReFT ").partition(",")[0]
         chosen = list(range(layers // 2, layers)) if variant == LOREFT_UPPER else None
         return ReftConfig(r=4, positions=positions, layers_to_transform=chosen, task_type="CAUSAL_LM", **options)
-    targets = {"r": 8, "target_modules": ["q_proj", "v_proj"]} if variant == LORA else {"r": 16, "target_modules": "all-linear"}
+    targets = (
+        {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+        if variant == LORA
+        else {"r": 16, "target_modules": "all-linear"}
+    )
     return LoraConfig(task_type="CAUSAL_LM", **targets, **options)
 
 
