@@ -11,7 +11,6 @@ the first new token, with what `generate` does before it; a decode step is the m
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -87,7 +86,7 @@ def report(times: Times) -> str:
     rows = [
         [BARE, *(f"{bare[phase]:.1f} ms" for phase in (TOTAL, PREFILL, DECODE)), ratio(times, BARE, LORA_ALL, TOTAL)]
     ]
-    for name in [name for name in times if name != BARE]:
+    for name in ADAPTERS:
         cells = (ratio(times, name, BARE, phase) for phase in (TOTAL, PREFILL, DECODE))
         rows.append([name, *cells, ratio(times, name, LORA_ALL, TOTAL)])
     return table(["", TOTAL, PREFILL, DECODE, f"{TOTAL} / {LORA_ALL}"], rows)

@@ -96,7 +96,7 @@ def adapted(model: PreTrainedModel, variant: str, random: bool = False) -> PeftM
 
 
 def floor(model: PreTrainedModel, layer: int) -> PreTrainedModel:
-    """A frozen twin whose backward pass ends at the output of a block: what no training of an edit there can undercut."""
+    """A frozen twin whose backward pass ends at the output of a block, further than which an edit there needs none."""
     frozen = twin(model).requires_grad_(False)
     blocks = next(m for m in frozen.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model))
 

@@ -5,8 +5,8 @@
     python examples/benchmarks/training_step.py --model 1b --device cuda --dtype bfloat16
 
 A model that is edited from block k up needs the backward pass down to the output of block k and no further. The floor
-is just that, with nothing to learn: nobody's code but the model's. Labels are -100 on the first half of the tokens, the
-prompt. A step is forward, backward, the optimizer's step (AdamW) and the reset of gradients; the floor has no optimizer.
+is just that, with nothing to learn: no code but the model's. Labels are -100 on the first half of the tokens, the
+prompt. A step is forward, backward, AdamW's step and the reset of gradients; the floor has no optimizer.
 """
 
 from __future__ import annotations
