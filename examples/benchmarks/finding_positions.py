@@ -1,0 +1,91 @@
+"""Time of finding the tokens to edit, which a pass with an adapter does once: here for 64 x 2,048 tokens.
+
+    python examples/benchmarks/finding_positions.py
+    python examples/benchmarks/finding_positions.py --device cuda
+
+What a pass pays before its first edit, from the arguments of `forward` to the indices of the tokens; other layers with
+the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows without
+padding, and the prefill of a left-padded `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from harness import Clock, Spread, finish, interleave, parser, start, table, time_often
+
+from peft_reft.generation import Generation
+from peft_reft.plan import Plan, Selection
+from peft_reft.positions import Positions, parse
+from peft_reft.prompts import Tokens, prompt_plan
+
+TRAINING, PACKED, GENERATION = "training, right-padded", "training, packed", "generate, left-padded"
+SPECS = ("f7+l7", "prompt", "completion", "all")
+
+
+def main() -> None:
+    arguments = parser(__doc__, model=None, rounds=15)
+    arguments.add_argument("--batch", type=int, default=64)
+    arguments.add_argument("--tokens", type=int, default=2048)
+    args = arguments.parse_args()
+    device, _ = start(args)
+    clock = Clock(device)
+    # One feature: nothing but the shape and the device of the representations counts.
+    hidden = torch.zeros(args.batch, args.tokens, 1, device=device)
+    finders = {
+        f"{case}, {spec}": partial(find, plan, parse(spec), hidden)
+        for case, plan in plans(args.batch, args.tokens, device).items()
+        for spec in SPECS
+    }
+    times = interleave({name: time_often(run, clock) for name, run in finders.items()}, args.rounds)
+    results = {name: one["time"] for name, one in times.items()}
+    heading = f"Finding the tokens to edit, {args.batch} x {args.tokens} tokens; milliseconds, median (quartiles):"
+    finish(args, {"times": results}, f"{heading}\n\n{report(results)}")
+
+
+def find(plan: Callable[[], Plan], positions: Positions, hidden: torch.Tensor) -> Selection | None:
+    return plan().selection(positions, hidden, "block")
+
+
+def plans(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Plan]]:
+    """Case -> what plans a pass of it."""
+    call = example(batch, tokens, device)
+    flipped = {name: value.flip(-1) for name, value in call.items()}
+
+    def generation() -> Plan:
+        real = flipped["attention_mask"] != 0  # as `generate` has it once a call
+        return Generation(real, real, 0).plan(Tokens.of(flipped))
+
+    packed = {name: value for name, value in call.items() if name != "attention_mask"}
+    packed["position_ids"] = torch.arange(tokens, device=device).remainder(tokens // 4).expand(batch, tokens)
+    packed["labels"] = torch.where(packed["position_ids"] < tokens // 8, -100, packed["input_ids"])
+    return {
+        TRAINING: lambda: prompt_plan(Tokens.of(call), language_model=True, training=True),
+        PACKED: lambda: prompt_plan(Tokens.of(packed), language_model=True, training=True),
+        GENERATION: generation,
+    }
+
+
+def example(batch: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A right-padded batch of sequences of different length, the first half of each of them prompt."""
+    ids = torch.randint(1, 1000, (batch, tokens), device=device)
+    lengths = torch.randint(tokens // 4, tokens + 1, (batch, 1), device=device)
+    index = torch.arange(tokens, device=device)
+    mask = (index < lengths).long()
+    supervised = (index >= lengths // 2) & (index < lengths)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(supervised, ids, -100)}
+
+
+def report(times: Mapping[str, list[float]]) -> str:
+    def cell(values: list[float]) -> str:
+        middle, low, high = Spread.of(values)
+        return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+
+    cases = (TRAINING, PACKED, GENERATION)
+    return table(["", *SPECS], ([case, *(cell(times[f"{case}, {spec}"]) for spec in SPECS)] for case in cases))
+
+
+if __name__ == "__main__":
+    main()
