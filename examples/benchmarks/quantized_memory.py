@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from apart import MIB, held, peak, reset_peak, run_apart
 from machine import machine, versions
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -37,7 +36,6 @@ ADAPTERS = {
     "LoRA, r=8, q_proj and v_proj": LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     "LoRA, r=16, all linear layers": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
-MIB = 2**20
 
 
 def load(options: argparse.Namespace) -> PreTrainedModel:
@@ -57,28 +55,6 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def held() -> int:
-    """Bytes that this process holds now."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """Most bytes held since `reset_peak`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def clock() -> float:
@@ -124,15 +100,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def measure_apart(name: str, arguments: list[str]) -> dict[str, float]:
-    """`measure` in a fresh process."""
-    # With a fixed threshold, glibc gives large blocks back to the system as soon as they are free.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    command = [sys.executable, __file__, "--measure", name, *arguments]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def print_table(results: dict[str, dict[str, float]]) -> None:
     frozen = results[FROZEN]["seconds"]
     print("| on the NF4 base | trainable parameters | memory of a step, MiB | time of a step |")
@@ -162,7 +129,10 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options)))
         return
 
-    rounds = [{n: measure_apart(n, sys.argv[1:]) for n in (FROZEN, *ADAPTERS)} for _ in range(options.rounds)]
+    rounds = [
+        {n: run_apart(__file__, "--measure", n, *sys.argv[1:]) for n in (FROZEN, *ADAPTERS)}
+        for _ in range(options.rounds)
+    ]
     results = {
         name: row | {key: min(one[name][key] for one in rounds) for key in ("memory_MiB", "seconds")}
         for name, row in rounds[0].items()

@@ -1,0 +1,45 @@
+"""Memory of what a process does, for benchmarks that run every variant in a fresh one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+
+
+def held() -> int:
+    """Bytes that this process holds now: the CUDA allocator's if there is a GPU, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Most bytes held since `reset_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def run_apart(script: str, *arguments: str) -> Any:
+    """What a script prints as the last line, JSON, when it runs with these arguments in a fresh process."""
+    # With a fixed threshold, glibc gives large blocks back to the system as soon as they are free.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,123 @@
+"""Memory of training and size on disk: LoReFT and LoRA beside the frozen model.
+
+    python examples/benchmarks/memory.py          # random Llamas, of 34 million parameters and of width 4096
+    python examples/benchmarks/memory.py --models 1b --device cuda --dtype bfloat16
+
+Every variant runs in a process of its own: two training steps, with AdamW and without gradient checkpointing. Memory is
+the peak during the steps, less what the process held with the base loaded: of the CUDA allocator on a GPU, else of the
+process (resident set; large blocks are given back to the system at once, so that the peak is that of live tensors). The
+frozen model is that of `training_step.py`. The adapter's size is that of its saved weights; the least it could be are
+the bytes of its parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from apart import MIB, held, peak, reset_peak, run_apart
+from harness import finish, parser, progress, start, table
+from models import LORA, LORA_ALL, LOREFT, LOREFT_ALL, LOREFT_COMPLETION, SHAPES, adapted, build, floor
+from training_step import FLOOR, example
+from transformers import PreTrainedModel
+
+ADAPTERS = (LOREFT, LOREFT_ALL, LOREFT_COMPLETION, LORA, LORA_ALL)
+STEPS = 2
+# Tokens of a batch; the wide model is slow on a CPU.
+SHAPE = {"wide": (2, 128)}
+
+
+def main() -> None:
+    arguments = parser(__doc__, model=None, rounds=3)
+    arguments.add_argument(
+        "--models", nargs="+", default=["34m", "wide"], help=", ".join([*SHAPES, "smollm2 or other"])
+    )
+    arguments.add_argument("--measure", choices=[FLOOR, *ADAPTERS], help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if args.quick:
+        args.rounds = 1
+    if args.measure:
+        print(json.dumps(measure(args.measure, args)))
+        return
+    start(args)
+    results = {model: measure_all(model, args) for model in args.models}
+    heading = f"Memory of a training step above the loaded base, MiB (least of {args.rounds} runs), {args.dtype}:"
+    reports = [f"{model}:\n\n{report(one)}" for model, one in results.items()]
+    finish(args, {"memory": results}, "\n\n".join([heading, *reports]))
+
+
+def measure_all(model: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Variant -> what `measure` gives, with the least memory of all rounds."""
+    results: dict[str, dict[str, float]] = {}
+    for number in range(args.rounds):
+        for name in (FLOOR, *ADAPTERS):
+            progress(f"memory, {model}, {name}, {number + 1} of {args.rounds}")
+            options = [
+                "--models",
+                model,
+                "--device",
+                args.device,
+                "--dtype",
+                args.dtype,
+                "--threads",
+                str(args.threads),
+            ]
+            one = run_apart(__file__, "--measure", name, *options)
+            if name in results:
+                one["memory"] = min(one["memory"], results[name]["memory"])
+            results[name] = one
+    return results
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """MiB of a variant's training, in a process that has done nothing else; bytes of its file and of its parameters."""
+    device, dtype = start(args)
+    # What Python imports at the first step is nobody's memory.
+    train(build("tiny", device, dtype), name, (1, 8))
+    base = build(args.models[0], device, dtype).requires_grad_(False)
+    before = held()
+    reset_peak()
+    model = train(base, name, SHAPE.get(args.models[0], (8, 128)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    result = {"memory": (peak() - before) / MIB, "parameter_bytes": sum(p.nbytes for p in parameters)}
+    if name != FLOOR:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            result["file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return result
+
+
+def train(base: PreTrainedModel, name: str, shape: tuple[int, int]) -> torch.nn.Module:
+    """The base model with a variant's adapter, after `STEPS` steps on a batch of this shape."""
+    batch = example(*shape, base.config.get_text_config().vocab_size, base.device)
+    model = floor(base, 0) if name == FLOOR else adapted(base, name)
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters) if parameters else None
+    for _ in range(STEPS):
+        model(**batch, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def report(results: dict[str, dict[str, float]]) -> str:
+    floor_memory, lora = (results[name]["memory"] for name in (FLOOR, LORA))
+    rows = []
+    for name, one in results.items():
+        memory = one["memory"]
+        cells = [f"{memory:.0f}", f"{memory / floor_memory:.2f}", f"{memory / lora:.2f}"]
+        if name == FLOOR:
+            cells += ["", ""]
+        else:
+            excess = one["file_bytes"] / one["parameter_bytes"] - 1
+            cells += [f"{one['parameter_bytes']:,}", f"{one['file_bytes']:,} ({excess:+.1%})"]
+        rows.append([name, *cells])
+    return table(["", "MiB", "/ frozen", f"/ {LORA}", "bytes of parameters", "bytes of the file"], rows)
+
+
+if __name__ == "__main__":
+    main()
