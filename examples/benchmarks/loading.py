@@ -2,9 +2,9 @@
 
     python examples/benchmarks/loading.py
 
-The model has full width where adapters of hidden representations see it, and next to nothing inside of its blocks. A new
-adapter is attached to it, and to a model without weights (meta device). One adapter is then saved and loaded a hundred
-times under other names, LoReFT's and LoRA's in turns.
+The model has full width where adapters of hidden representations see it, and next to nothing inside of its blocks. A
+new adapter is attached to it, and to a model without weights (meta device). One adapter is then saved and loaded a
+hundred times under other names, LoReFT's and LoRA's in turns.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def report(results: dict[str, dict[str, list[float]]], args: argparse.Namespace)
         [
             f"A new adapter on {LAYERS} layers of width 4096, milliseconds:",
             table(["", "median (quartiles)"], attach_rows),
-            f"Loading one from disk, milliseconds: the first {ENDS} and the last {ENDS} of {args.adapters}, on {args.layers} layers:",
+            f"Loading one of {args.adapters} from disk on {args.layers} layers, milliseconds, {ENDS} at each end:",
             table(["", "first", "last", "last / first"], load_rows),
         ]
     )

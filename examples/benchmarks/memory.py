@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 from apart import MIB, held, peak, reset_peak, run_apart
 from harness import finish, parser, progress, start, table
-from models import LORA, LORA_ALL, LOREFT, LOREFT_ALL, LOREFT_COMPLETION, SHAPES, adapted, build, floor
+from models import LORA, LORA_ALL, LOREFT, LOREFT_ALL, LOREFT_COMPLETION, SHAPES, adapted, build, floor, training_shape
 from training_step import FLOOR, example
 from transformers import PreTrainedModel
 
 ADAPTERS = (LOREFT, LOREFT_ALL, LOREFT_COMPLETION, LORA, LORA_ALL)
 STEPS = 2
-# Tokens of a batch; the wide model is slow on a CPU.
-SHAPE = {"wide": (2, 128)}
+QUICK_ADAPTERS = (LOREFT, LOREFT_ALL, LORA)
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def measure_all(model: str, args: argparse.Namespace) -> dict[str, dict[str, flo
     """Variant -> what `measure` gives, with the least memory of all rounds."""
     results: dict[str, dict[str, float]] = {}
     for number in range(args.rounds):
-        for name in (FLOOR, *ADAPTERS):
+        for name in (FLOOR, *(QUICK_ADAPTERS if args.quick else ADAPTERS)):
             progress(f"memory, {model}, {name}, {number + 1} of {args.rounds}")
             options = [
                 "--models",
@@ -80,7 +79,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     base = build(args.models[0], device, dtype).requires_grad_(False)
     before = held()
     reset_peak()
-    model = train(base, name, SHAPE.get(args.models[0], (8, 128)))
+    model = train(base, name, training_shape(args.models[0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     result = {"memory": (peak() - before) / MIB, "parameter_bytes": sum(p.nbytes for p in parameters)}
     if name != FLOOR:

@@ -73,26 +73,32 @@ def describe(model: PreTrainedModel) -> str:
     return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {millions:.0f} million parameters"
 
 
-def adapter(variant: str, layers: int, **options: Any) -> PeftConfig:
-    """The configuration of a variant; `layers` is the number of layers of its model."""
+def adapter(variant: str, layers: int, random: bool = False) -> PeftConfig:
+    """The configuration of a variant.
+
+    Args:
+        variant: its name.
+        layers: number of layers of its model.
+        random: whether it starts with random weights, so that it does something.
+    """
     if variant.startswith("LoReFT"):
         positions = variant.removeprefix("LoReFT ").partition(",")[0]
         chosen = list(range(layers // 2, layers)) if variant == LOREFT_UPPER else None
-        return ReftConfig(r=4, positions=positions, layers_to_transform=chosen, task_type="CAUSAL_LM", **options)
-    targets = (
-        {"r": 8, "target_modules": ["q_proj", "v_proj"]}
-        if variant == LORA
-        else {"r": 16, "target_modules": "all-linear"}
-    )
-    return LoraConfig(task_type="CAUSAL_LM", **targets, **options)
+        return ReftConfig(
+            r=4, positions=positions, layers_to_transform=chosen, init_weights=not random, task_type="CAUSAL_LM"
+        )
+    rank, targets = (8, ["q_proj", "v_proj"]) if variant == LORA else (16, "all-linear")
+    return LoraConfig(r=rank, target_modules=targets, init_lora_weights=not random, task_type="CAUSAL_LM")
 
 
 def adapted(model: PreTrainedModel, variant: str, random: bool = False) -> PeftModel:
-    """A twin of `model` with a variant's adapter: a fresh one, or one with random weights."""
-    options = {}
-    if random:
-        options["init_weights" if variant.startswith("LoReFT") else "init_lora_weights"] = False
-    return get_peft_model(twin(model), adapter(variant, depth(model), **options))
+    """A twin of `model` with a variant's adapter; for `random` see `adapter`."""
+    return get_peft_model(twin(model), adapter(variant, depth(model), random))
+
+
+def training_shape(model: str) -> tuple[int, int]:
+    """Sequences and tokens of a training batch; the wide model is slow on a CPU."""
+    return (2 if model == "wide" else 8), 128
 
 
 def floor(model: PreTrainedModel, layer: int) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Time of a training step: LoReFT and LoRA beside the frozen model's forward and backward pass, the floor.
 
     python examples/benchmarks/training_step.py                      # a random Llama of 34 million parameters
-    python examples/benchmarks/training_step.py --model wide --batch 2
+    python examples/benchmarks/training_step.py --model wide
     python examples/benchmarks/training_step.py --model 1b --device cuda --dtype bfloat16
 
 A model that is edited from block k up needs the backward pass down to the output of block k and no further. The floor
@@ -16,7 +16,19 @@ from functools import partial
 
 import torch
 from harness import Clock, Times, finish, interleave, parser, progress, ratio, start, table
-from models import LORA, LORA_ALL, LOREFT, LOREFT_ALL, LOREFT_UPPER, adapted, build, depth, describe, floor
+from models import (
+    LORA,
+    LORA_ALL,
+    LOREFT,
+    LOREFT_ALL,
+    LOREFT_UPPER,
+    adapted,
+    build,
+    depth,
+    describe,
+    floor,
+    training_shape,
+)
 
 FLOOR, FLOOR_UPPER = "frozen model", "frozen model, upper half"
 ADAPTERS = (LOREFT, LOREFT_ALL, LOREFT_UPPER, LORA, LORA_ALL)
@@ -25,18 +37,19 @@ PASSES, STEP = "forward and backward", "step"
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--batch", type=int, default=8)
-    arguments.add_argument("--tokens", type=int, default=128, help="of each sequence")
+    arguments.add_argument("--batch", type=int, help="sequences (default: 8, of the wide model 2)")
     args = arguments.parse_args()
+    rows, tokens = training_shape(args.model)
+    rows = args.batch or rows
     if args.quick:
-        args.rounds, args.batch = min(args.rounds, 7), min(args.batch, 4)
+        args.rounds, rows = min(args.rounds, 5), min(rows, 4)
     device, dtype = start(args)
     base = build(args.model, device, dtype)
-    batch = example(args.batch, args.tokens, base.config.get_text_config().vocab_size, device)
+    batch = example(rows, tokens, base.config.get_text_config().vocab_size, device)
     runs, trainable = variants(base, batch, Clock(device))
     progress(f"training steps, {args.model}")
     times = interleave(runs, args.rounds)
-    heading = f"Training step, {args.model} ({describe(base)}), {args.batch} x {args.tokens} tokens, {args.dtype}:"
+    heading = f"Training step, {args.model} ({describe(base)}), {rows} x {tokens} tokens, {args.dtype}:"
     finish(args, {"times": times}, f"{heading}\n\n{report(times, trainable)}")
 
 
