@@ -79,12 +79,11 @@ def example(batch: int, tokens: int, device: torch.device) -> dict[str, torch.Te
 
 
 def report(times: Mapping[str, list[float]]) -> str:
-    def cell(values: list[float]) -> str:
-        middle, low, high = Spread.of(values)
-        return f"{middle:.3f} ({low:.3f}-{high:.3f})"
+    def cell(case: str, spec: str) -> str:
+        return f"{Spread.of(times[f'{case}, {spec}']):.3f}"
 
-    cases = (TRAINING, PACKED, GENERATION)
-    return table(["", *SPECS], ([case, *(cell(times[f"{case}, {spec}"]) for spec in SPECS)] for case in cases))
+    rows = ([case, *(cell(case, spec) for spec in SPECS)] for case in (TRAINING, PACKED, GENERATION))
+    return table(["", *SPECS], rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ class Spread(NamedTuple):
         return cls(middle, low, high)
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return f"{self:.2f}"
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}}-{self.high:{spec}})"
 
 
 def ratio(times: Times, variant: str, reference: str, phase: str) -> Spread:

@@ -95,13 +95,9 @@ def growth(times: list[float]) -> Spread:
 
 
 def report(results: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> str:
-    def milliseconds(values: list[float]) -> str:
-        middle, low, high = Spread.of(values)
-        return f"{middle:.1f} ({low:.1f}-{high:.1f})"
-
-    attach_rows = ([name, milliseconds(values)] for name, values in results["attach"].items())
+    attach_rows = ([name, f"{Spread.of(values):.1f}"] for name, values in results["attach"].items())
     load_rows = (
-        [name, milliseconds(times[:ENDS]), milliseconds(times[-ENDS:]), growth(times)]
+        [name, f"{Spread.of(times[:ENDS]):.1f}", f"{Spread.of(times[-ENDS:]):.1f}", growth(times)]
         for name, times in results["load"].items()
     )
     return "\n\n".join(

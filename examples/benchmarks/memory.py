@@ -16,10 +16,11 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from apart import MIB, held, peak, reset_peak, run_apart
-from harness import finish, parser, progress, start, table
+from harness import Spread, finish, parser, progress, start, table
 from models import LORA, LORA_ALL, LOREFT, LOREFT_ALL, LOREFT_COMPLETION, SHAPES, adapted, build, floor, training_shape
 from training_step import FLOOR, example
 from transformers import PreTrainedModel
@@ -43,32 +44,28 @@ def main() -> None:
         return
     start(args)
     results = {model: measure_all(model, args) for model in args.models}
-    heading = f"Memory of a training step above the loaded base, MiB (least of {args.rounds} runs), {args.dtype}:"
+    heading = f"Memory of a training step above the loaded base, MiB, {args.dtype}; medians, ratios (quartiles):"
     reports = [f"{model}:\n\n{report(one)}" for model, one in results.items()]
     finish(args, {"memory": results}, "\n\n".join([heading, *reports]))
 
 
-def measure_all(model: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Variant -> what `measure` gives, with the least memory of all rounds."""
-    results: dict[str, dict[str, float]] = {}
+def measure_all(model: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Variant -> what `measure` gives, with the memory of all rounds."""
+    results: dict[str, dict[str, Any]] = {}
     for number in range(args.rounds):
         for name in (FLOOR, *(QUICK_ADAPTERS if args.quick else ADAPTERS)):
             progress(f"memory, {model}, {name}, {number + 1} of {args.rounds}")
-            options = [
-                "--models",
-                model,
-                "--device",
-                args.device,
-                "--dtype",
-                args.dtype,
-                "--threads",
-                str(args.threads),
-            ]
-            one = run_apart(__file__, "--measure", name, *options)
-            if name in results:
-                one["memory"] = min(one["memory"], results[name]["memory"])
-            results[name] = one
+            options = ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
+            one = run_apart(__file__, "--measure", name, "--models", model, *options)
+            earlier = results[name]["memory"] if name in results else []
+            results[name] = one | {"memory": [*earlier, one["memory"]]}
     return results
+
+
+def beside(results: dict[str, dict[str, Any]], variant: str, reference: str) -> Spread:
+    """A variant's memory relative to another one's, round by round."""
+    pairs = zip(results[variant]["memory"], results[reference]["memory"], strict=True)
+    return Spread.of(own / other for own, other in pairs)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -103,12 +100,10 @@ def train(base: PreTrainedModel, name: str, shape: tuple[int, int]) -> torch.nn.
     return model
 
 
-def report(results: dict[str, dict[str, float]]) -> str:
-    floor_memory, lora = (results[name]["memory"] for name in (FLOOR, LORA))
+def report(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, one in results.items():
-        memory = one["memory"]
-        cells = [f"{memory:.0f}", f"{memory / floor_memory:.2f}", f"{memory / lora:.2f}"]
+        cells = [f"{Spread.of(one['memory']).median:.0f}", *(beside(results, name, other) for other in (FLOOR, LORA))]
         if name == FLOOR:
             cells += ["", ""]
         else:
