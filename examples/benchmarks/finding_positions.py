@@ -30,6 +30,8 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--tokens", type=int, default=2048)
     args = arguments.parse_args()
+    if args.quick:
+        args.rounds = min(args.rounds, 7)
     device, _ = start(args)
     clock = Clock(device)
     # One feature: nothing but the shape and the device of the representations counts.

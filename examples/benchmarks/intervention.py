@@ -69,7 +69,7 @@ def main() -> None:
     arguments.add_argument("--pyreft-python", help="a Python with pyreft")
     args = arguments.parse_args()
     if args.quick:
-        args.rounds, args.widths = min(args.rounds, 5), args.widths[-1:]
+        args.rounds, args.widths = min(args.rounds, 3), args.widths[-1:]
     device, _ = start(args)
     times = {}
     for width in args.widths:

@@ -42,7 +42,7 @@ def main() -> None:
     rows, tokens = training_shape(args.model)
     rows = args.batch or rows
     if args.quick:
-        args.rounds, rows = min(args.rounds, 5), min(rows, 4)
+        args.rounds, rows = min(args.rounds, 5), max(rows // 2, 1)
     device, dtype = start(args)
     base = build(args.model, device, dtype)
     batch = example(rows, tokens, base.config.get_text_config().vocab_size, device)
