@@ -14,24 +14,24 @@ import torch
 MIB = 2**20
 
 
-def held() -> int:
-    """Bytes that this process holds now: the CUDA allocator's if there is a GPU, else the resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
+def held(device: torch.device) -> int:
+    """Bytes that this process holds now: on a GPU what it has allocated there, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak() -> int:
+def peak(device: torch.device) -> int:
     """Most bytes held since `reset_peak`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -35,9 +35,8 @@ def main() -> None:
         args.rounds = min(args.rounds, 5)
     device, dtype = start(args)
     base = build(args.model, device, dtype)
-    models = {BARE: base} | {
-        name: adapted(base, name, random=True).eval() for name in (QUICK_ADAPTERS if args.quick else ADAPTERS)
-    }
+    names = QUICK_ADAPTERS if args.quick else ADAPTERS
+    models = {BARE: base} | {name: adapted(base, name, random=True).eval() for name in names}
     times = {}
     for batch in args.batches:
         progress(f"generation, {args.model}, batch {batch}")

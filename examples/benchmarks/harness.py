@@ -110,7 +110,9 @@ def parser(description: str, model: str | None = "34m", rounds: int | None = 9) 
     result.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     if rounds is not None:
         result.add_argument("--rounds", type=int, default=rounds, help="in turns (default: %(default)s)")
-    result.add_argument("--quick", action="store_true", help="smaller and fewer, in about a minute")
+    result.add_argument(
+        "--quick", action="store_true", help="fewer rounds of smaller batches, and only what the targets need"
+    )
     result.add_argument("--json", help="file for the results")
     return result
 

@@ -74,11 +74,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     # What Python imports at the first step is nobody's memory.
     train(build("tiny", device, dtype), name, (1, 8))
     base = build(args.models[0], device, dtype).requires_grad_(False)
-    before = held()
-    reset_peak()
+    before = held(device)
+    reset_peak(device)
     model = train(base, name, training_shape(args.models[0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    result = {"memory": (peak() - before) / MIB, "parameter_bytes": sum(p.nbytes for p in parameters)}
+    result = {"memory": (peak(device) - before) / MIB, "parameter_bytes": sum(p.nbytes for p in parameters)}
     if name != FLOOR:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

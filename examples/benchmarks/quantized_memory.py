@@ -71,8 +71,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     ids = torch.randint(100, model.config.get_text_config().vocab_size, shape, device=model.device)
     labels = ids.index_fill(1, torch.arange(options.tokens // 2, device=model.device), -100)
     batch = {"labels": labels, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    before = held()
-    reset_peak()
+    before = held(model.device)
+    reset_peak(model.device)
     if name == FROZEN:
         model.train()
         batch["inputs_embeds"] = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -95,7 +95,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     return {
         "trainable": sum(parameter.numel() for parameter in parameters),
         "base_MiB": base_bytes / MIB,
-        "memory_MiB": (peak() - before) / MIB,
+        "memory_MiB": (peak(model.device) - before) / MIB,
         "seconds": min(seconds),
     }
 

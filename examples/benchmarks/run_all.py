@@ -69,9 +69,9 @@ def main() -> None:
     begin = time.perf_counter()
     results = run(jobs(args), args)
     minutes = (time.perf_counter() - begin) / 60
-    text = report(results, args.models)
+    command = " ".join(["run_all.py", *sys.argv[1:]])
+    text = f"{report(results, args.models)}\n\n`{command}`, {minutes:.0f} minutes."
     finish(args, {"results": results}, text)
-    progress(f"{minutes:.1f} minutes")
     if args.output:
         where = next(iter(results.values()))
         Path(args.output).write_text(f"{text}\n\n{where['machine']}; {where['versions']}.\n")
@@ -99,7 +99,9 @@ def run(jobs: Mapping[str, list[str]], args: argparse.Namespace) -> Results:
             progress(f"[{number + 1}/{len(jobs)}] {job}")
             record = Path(folder) / f"{number}.json"
             command = [sys.executable, Path(__file__).with_name(f"{script}.py"), *own, *common, "--json", record]
+            begin = time.perf_counter()
             subprocess.run([*command, *(["--quick"] if args.quick else [])], stdout=subprocess.DEVNULL, check=True)
+            progress(f"{time.perf_counter() - begin:.0f} s")
             results[job] = json.loads(record.read_text())
     return results
 
