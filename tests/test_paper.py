@@ -535,6 +535,40 @@ def test_rows_without_room_for_an_answer_are_left_out(decoder, tmp_path, capsys)
     assert "Left out 16 rows with prompts of 3 tokens and more" in capsys.readouterr().out
 
 
+def test_instruct_answers_rows_it_did_not_train_on(decoder, tmp_path, monkeypatch):
+    rows = [{"instruction": f"{words(number)} w{number + 6}", "output": words(number + 1)} for number in range(24)]
+    write_rows(tmp_path / "data" / "train.jsonl.gz", rows)
+    trained = []
+    pairs = answering.GenerationRun.pairs
+    monkeypatch.setattr(answering.GenerationRun, "pairs", lambda run, rows: trained.append(rows) or pairs(run, rows))
+    flags = [*decoder, "--num_train_epochs", "1", "--dev_rows", "5", "--output_dir", str(tmp_path / "run")]
+    results = instruct.main(flags)
+    outputs = json.loads((tmp_path / "run" / "model_outputs.json").read_text())
+    assert [row["instruction"] for row in outputs] == [row["instruction"] for row in rows[-5:]]
+    assert trained == [rows[:-5], rows[-5:]]
+    assert {(row["generator"], row["dataset"]) for row in outputs} == {("decoder-loreft", "kept back")}
+    assert results["rows"] == 5
+
+    questions = tmp_path / "alpaca_eval.json"
+    questions.write_text(json.dumps([{"instruction": "w9 w10", "output": "other", "dataset": "koala"}]))
+    instruct.main([*flags, "--eval_only", "--eval_data", str(questions)])
+    (row,) = json.loads((tmp_path / "run" / "model_outputs.json").read_text())
+    assert (row["instruction"], row["dataset"]) == ("w9 w10", "koala")
+    assert row["output"] != "other"
+
+
+def test_a_checkout_of_llm_adapters_is_read(decoder, tmp_path):
+    root = tmp_path / "LLM-Adapters"
+    rows = rows_of(tmp_path / "data" / "train.jsonl.gz")
+    for name, part in (("ft-training_set/commonsense_170k.json", rows), ("dataset/boolq/test.json", rows[:4])):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text(json.dumps(part))
+    flags = [*decoder, "--data", str(root), "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    results = commonsense.main(flags)
+    assert {task: found["rows"] for task, found in results["tasks"].items()} == {"boolq": 4}
+    assert results["log"][-1]["step"] == 24 / 4
+
+
 # The grid and its report
 
 

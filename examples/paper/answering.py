@@ -170,7 +170,8 @@ def _read_generations(file: Path, head: dict[str, Any], prompts: list[str]) -> d
     """What an earlier evaluation in the same terms has written; starts the file anew if it was in others."""
     if file.exists():
         first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if first == head and all(prompts[line["number"]] == line["prompt"] for line in lines):
+        asked = dict(enumerate(prompts))
+        if first == head and all(asked.get(line["number"]) == line["prompt"] for line in lines):
             return {line["number"]: line["text"] for line in lines}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(head) + "\n", encoding="utf-8")
