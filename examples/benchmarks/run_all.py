@@ -69,8 +69,8 @@ def main() -> None:
     begin = time.perf_counter()
     results = run(jobs(args), args)
     minutes = (time.perf_counter() - begin) / 60
-    command = " ".join(["run_all.py", *sys.argv[1:]])
-    text = f"{report(results, args.models)}\n\n`{command}`, {minutes:.0f} minutes."
+    kind = "Quick" if args.quick else "Full"
+    text = f"{report(results, args.models)}\n\n{kind} run of {minutes:.0f} minutes."
     finish(args, {"results": results}, text)
     if args.output:
         where = next(iter(results.values()))
