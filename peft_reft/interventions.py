@@ -346,13 +346,14 @@ class LowRankIntervention(Intervention):
     def products(
         self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
     ) -> Products:
-        """The factors as they multiply representations; kept as long as they are known to stay the same.
+        """The factors as they multiply representations.
 
-        That is through a `session` and, of frozen parameters, until they are written to. Without gradients only.
+        Without gradients those of frozen parameters are kept until the parameters are written to (but not through
+        `.data`, of which PyTorch keeps no count), and those of others through a `session`.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return Products.of(self.factors(dtype, coordinates))
-        state = self._written if session is None else session
+        state = self._written or session
         if state is None:
             return Products.of(self.factors(dtype))
         key = (state, dtype, self.projection.device)
