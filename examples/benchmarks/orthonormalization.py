@@ -114,8 +114,8 @@ class Polar(torch.autograd.Function):
     """The polar factor by eigenvectors V and roots s of eigenvalues of the Gram matrix, P = V diag(s) V^T.
 
     The derivative of the eigenvectors does not exist where eigenvalues are equal, as they are in a fresh LoReFT. That
-    of the polar factor does: with G the gradient of R and B = G R^T, that of X is P^(-1) (G - B R) + Y R, where Y solves
-    P Y + Y P = B - B^T.
+    of the polar factor does: with G the gradient of R and B = G R^T, that of X is P^(-1) (G - B R) + Y R, where Y
+    solves P Y + Y P = B - B^T.
     """
 
     @staticmethod
@@ -509,9 +509,9 @@ def report(results: dict[str, Any], speeds: dict[tuple[int, int, int], dict[str,
     conditions = {m: max(f["condition"] for f in found.values()) for m, found in results["training"].items()}
     return "\n\n".join(
         [
-            f"Times are of forward and backward, relative to {REFERENCE}, differentiated by torch: median (quartiles), of "
-            f"all sizes the geometric mean (range). Error: largest entry of |R R^T - I|, target {TARGET:g}. Losses: mean "
-            "and standard deviation of the seeds.",
+            f"Times are of forward and backward, relative to {REFERENCE}, differentiated by torch: median (quartiles), "
+            f"of all sizes the geometric mean (range). Error: largest entry of |R R^T - I|, target {TARGET:g}. Losses: "
+            "mean and standard deviation of the seeds.",
             table(header, lines),
             "From bad starts, d=512, r=8: error, and largest relative error of a gradient's row (inf: not finite).",
             table(["", *STARTS], starts),
