@@ -64,19 +64,18 @@ def cholesky_in_float64(matrix: Tensor) -> Tensor:
 
 
 class GramSchmidt(torch.autograd.Function):
-    """`[..., r, d]` -> the orthonormal rows R and the lower triangle T with R = T X, from which comes the gradient.
+    """`[..., r, d]` -> the orthonormal rows R and the lower triangle L with X = L R, from which comes the gradient.
 
     With G the gradient of R and S the symmetric matrix that has the lower triangle of G R^T, the gradient of X is
-    T^T (G - S R).
+    L^(-T) (G - S R).
     """
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
         double = matrix.double()
-        factor, _ = torch.linalg.cholesky_ex(double @ double.mT)
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        triangle = torch.linalg.solve_triangular(factor, identity, upper=False)
-        rows, triangle = (triangle @ double).to(matrix.dtype), triangle.to(matrix.dtype)
+        triangle, _ = torch.linalg.cholesky_ex(double @ double.mT)
+        rows = torch.linalg.solve_triangular(triangle, double, upper=False).to(matrix.dtype)
+        triangle = triangle.to(matrix.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, triangle)
         return rows, triangle
@@ -88,9 +87,9 @@ class GramSchmidt(torch.autograd.Function):
             rows_grad = torch.zeros_like(rows)
         product = rows_grad @ rows.mT
         if triangle_grad is not None:  # in a second derivative
-            product = product + triangle_grad @ triangle.mT
+            product = product - triangle.mT @ triangle_grad
         symmetric = product.tril() + product.tril(-1).mT
-        return triangle.mT @ (rows_grad - symmetric @ rows)
+        return torch.linalg.solve_triangular(triangle.mT, rows_grad - symmetric @ rows, upper=True)
 
 
 def cholesky_own_backward(matrix: Tensor) -> Tensor:
