@@ -11,8 +11,8 @@ LoReFT computes R, with orthonormal rows, from a parameter X of the same shape [
   eigenvectors of the Gram matrix.
 - torch's orthogonal parametrization, which pyreft uses: Householder vectors and a fixed [d, d] basis.
 
-"own backward" is a closed form of the gradient in place of automatic differentiation. The script prints a Markdown
-table and which way is best by which criterion.
+"own backward" is a closed form of the gradient in place of automatic differentiation; the library has a Cholesky
+factor in float64 with its own backward. The script prints a Markdown table and which way is best by which criterion.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer
 
-from peft_reft.interventions import LoreftIntervention
+from peft_reft.interventions import LoreftIntervention, orthonormal_rows
 
 TARGET = 1e-6  # largest entry of |R R^T - I|
 LEARNING_RATE = 4e-3
@@ -61,39 +61,6 @@ def cholesky_twice(matrix: Tensor) -> Tensor:
 
 def cholesky_in_float64(matrix: Tensor) -> Tensor:
     return cholesky(matrix.double()).to(matrix.dtype)
-
-
-class GramSchmidt(torch.autograd.Function):
-    """`[..., r, d]` -> the orthonormal rows R and the lower triangle L with X = L R, from which comes the gradient.
-
-    With G the gradient of R and S the symmetric matrix that has the lower triangle of G R^T, the gradient of X is
-    L^(-T) (G - S R).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        double = matrix.double()
-        triangle, _ = torch.linalg.cholesky_ex(double @ double.mT)
-        rows = torch.linalg.solve_triangular(triangle, double, upper=False).to(matrix.dtype)
-        triangle = triangle.to(matrix.dtype)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, triangle)
-        return rows, triangle
-
-    @staticmethod
-    def backward(ctx: Any, rows_grad: Tensor | None, triangle_grad: Tensor | None) -> Tensor:
-        rows, triangle = ctx.saved_tensors
-        if rows_grad is None:
-            rows_grad = torch.zeros_like(rows)
-        product = rows_grad @ rows.mT
-        if triangle_grad is not None:  # in a second derivative
-            product = product - triangle.mT @ triangle_grad
-        symmetric = product.tril() + product.tril(-1).mT
-        return torch.linalg.solve_triangular(triangle.mT, rows_grad - symmetric @ rows, upper=True)
-
-
-def cholesky_own_backward(matrix: Tensor) -> Tensor:
-    return GramSchmidt.apply(matrix)[0]
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
@@ -144,7 +111,7 @@ MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Cholesky, float32": cholesky,
     "Cholesky twice, float32": cholesky_twice,
     REFERENCE: cholesky_in_float64,
-    OWN: cholesky_own_backward,
+    OWN: orthonormal_rows,  # the library's
     "polar, Newton-Schulz, float64": newton_schulz,
     "polar, eigenvectors, float64, own backward": Polar.apply,
 }
