@@ -116,14 +116,16 @@ def _header(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def _task_table(methods: list[Method]) -> list[str]:
-    """Scores of each task beside what the most frequent answer gets."""
+    """Scores of each task beside what the most frequent answer gets, and the loss on rows that were kept back."""
     tasks = methods[0].best["tasks"]
-    rows = {"most frequent answer": [task["majority"] for task in tasks.values()]}
+    rows = {"most frequent answer": [*(f"{task['majority']:.1f}" for task in tasks.values()), "-"]}
     for method in methods:
-        rows[method.label] = [mean(result["tasks"][task]["score"] for result in method.seeds) for task in tasks]
+        scores = (mean(result["tasks"][task]["score"] for result in method.seeds) for task in tasks)
+        loss = "-" if method.rate is None else f"{mean(-quality(result) for result in method.seeds):.3f}"
+        rows[method.label] = [*(f"{value:.1f}" for value in scores), loss]
     number = next(iter(tasks.values()))["rows"]
-    lines = [f"| {label} | {' | '.join(f'{value:.1f}' for value in values)} |" for label, values in rows.items()]
-    return [*_header((f"{number} rows each", *tasks)), *lines]
+    lines = [f"| {label} | {' | '.join(values)} |" for label, values in rows.items()]
+    return [*_header((f"{number} rows each", *tasks, "loss")), *lines]
 
 
 def color(label: str) -> str:
