@@ -557,6 +557,18 @@ def test_instruct_answers_rows_it_did_not_train_on(decoder, tmp_path, monkeypatc
     assert row["output"] != "other"
 
 
+def test_another_adapter_is_evaluated_and_not_trained(decoder, tmp_path):
+    flags = [*decoder, "--num_train_epochs", "1", "--learning_rate", "0.1"]
+    trained = commonsense.main([*flags, "--output_dir", str(tmp_path / "run")])
+    adapter = ["--adapter", str(tmp_path / "run" / "adapter"), "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"is for --eval_only"):
+        commonsense.main([*flags, *adapter])
+    other = commonsense.main([*flags, *adapter, "--eval_only"])
+    assert other["trainable_parameters"] == trained["trainable_parameters"]
+    texts = [(tmp_path / run / "generations" / "boolq.jsonl").read_text().splitlines()[1:] for run in ("run", "other")]
+    assert texts[0] == texts[1]
+
+
 def test_a_checkout_of_llm_adapters_is_read(decoder, tmp_path):
     root = tmp_path / "LLM-Adapters"
     rows = rows_of(tmp_path / "data" / "train.jsonl.gz")

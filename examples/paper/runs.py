@@ -82,6 +82,10 @@ class PaperArguments:
         default=False, metadata={"help": "A small run on the data and the models that come along, offline."}
     )
 
+    def __post_init__(self) -> None:
+        if self.adapter is not None and not self.eval_only:
+            raise ValueError(f"--adapter {self.adapter} is for --eval_only: a run trains an adapter of its own.")
+
 
 Arguments = TypeVar("Arguments", bound=PaperArguments)
 Training = TypeVar("Training", bound=TrainingArguments)
