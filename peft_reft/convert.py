@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from peft_reft import from_adapterhub, from_pyreft
 from peft_reft.config import ReftConfig
 from peft_reft.foreign import Edit, ForeignAdapter, Place
-from peft_reft.interventions import INTERVENTIONS, LowRankIntervention
+from peft_reft.interventions import INTERVENTIONS, ROW_LENGTH, LowRankIntervention
 from peft_reft.layer import ReftLayer
 from peft_reft.positions import parse
 from peft_reft.sites import OUTPUT, find_sites
@@ -238,6 +238,9 @@ def _fill(layer: ReftLayer, edits: list[Edit]) -> None:
             )
     for name, _ in list(intervention.named_parameters()):
         stacked = torch.stack([getattr(edit, name).float() for edit in edits])
+        if name == "projection" and intervention.orthonormal:
+            # Training goes on with steps as long as before.
+            stacked = ROW_LENGTH * stacked
         setattr(intervention, name, nn.Parameter(stacked, requires_grad=False))
 
 

@@ -15,6 +15,10 @@ from transformers.activations import ACT2FN
 
 from peft_reft.autograd import Link, add_low_rank
 
+# Of rows to be orthonormalized only the directions count, but the shorter they are the further a step of an optimizer
+# turns them: at this length as far as in pyreft, for which the paper's learning rates were chosen.
+ROW_LENGTH = 0.5
+
 InitWeights = bool | Literal["pyreft"]
 
 
@@ -258,6 +262,8 @@ class LowRankIntervention(Intervention):
     def reset_parameters(self, init_weights: InitWeights) -> None:
         units, rank, features = self.projection.shape
         self.projection.copy_(random_orthonormal_rows(units, rank, features))
+        if self.orthonormal:
+            self.projection.mul_(ROW_LENGTH)
         bound = features**-0.5
         if init_weights == "pyreft" and not self.orthonormal:
             nn.init.uniform_(self.projection, -bound, bound)

@@ -315,6 +315,26 @@ def test_writes_behind_the_back_of_autograd_reach_parameters_in_training():
     torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
 
 
+def test_a_step_turns_the_subspace_as_far_as_in_pyreft():
+    rank, features, rate = 4, 64, 1e-3
+    intervention = INTERVENTIONS["loreft"](features, rank)
+    theirs = torch.nn.Linear(rank, features, bias=False)
+    with torch.no_grad():
+        theirs.weight.copy_(intervention.subspace()[0].T)
+    # As pyreft does.
+    theirs = torch.nn.utils.parametrizations.orthogonal(theirs)
+    start, cotangent = theirs.weight.detach().clone(), torch.randn(features, rank)
+
+    def turned(rows, parameters) -> torch.Tensor:
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        (rows() * cotangent).sum().backward()
+        optimizer.step()
+        return (rows().detach() - start).norm()
+
+    mine = turned(lambda: intervention.subspace()[0].T, [intervention.projection])
+    torch.testing.assert_close(mine, turned(lambda: theirs.weight, theirs.parameters()), rtol=0.05, atol=0)
+
+
 def test_pickles_leave_the_computed_rows_out():
     intervention = make().eval()
     with torch.no_grad():
