@@ -2,12 +2,14 @@
 
     python examples/paper/pyreft_curves.py --pyreft-python path/to/python    # of an environment with pyreft
     python examples/paper/pyreft_curves.py --pyreft-python ... --data FOLDER --steps 200
+    python examples/paper/pyreft_curves.py --pyreft-python ... --steps 8 --frozen_subspace --output frozen
 
 The environment: `pip install pyreft==0.1.0 transformers==4.45.1`. pyreft makes a fresh adapter, which is converted to
 one of ours (`peft_reft.convert`), so that both start from the same W, b and R. AdamW without weight decay, linear
-schedule, gradients clipped at 1. The first losses agree to rounding. Later ones need not agree exactly: pyreft trains R
-through a chart of Householder reflections, this package through a matrix whose rows it orthonormalizes, and Adam's
-steps in the two are not the same. A third curve starts as this package does by default, as the identity.
+schedule, gradients clipped at 1. The first losses agree to rounding. With --frozen_subspace R stays as it is, and the
+whole curves agree to rounding: positions, gradients and updates of W and b are the same. Without it they need not:
+pyreft trains R through a chart of Householder reflections, this package through a matrix whose rows it orthonormalizes,
+and Adam's steps in the two differ. A third curve starts as this package does by default, from the identity.
 
 Writes `pyreft_curves.json` and `pyreft_curves.png`, and prints how far the curves are apart.
 """
@@ -105,7 +107,7 @@ def curves(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All three runs."""
     model = str(options.model or smollm2())
     batches = make_batches(load_tokenizer(model), options)
-    task = {name: getattr(options, name) for name in ("seed", "rank", "positions", "learning_rate")}
+    task = {name: getattr(options, name) for name in ("seed", "rank", "positions", "learning_rate", "frozen_subspace")}
     (folder / "task.json").write_text(json.dumps(task | {"model": model, "batches": batches}))
     subprocess.run([options.pyreft_python, HERE / "pyreft_worker.py", folder], check=True)
     pyreft = json.loads((folder / "pyreft.json").read_text())
@@ -117,9 +119,15 @@ def curves(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         base_loss = base().eval()(**tensors(batches[0])).loss.item()
     adapter = convert(folder / "init", folder / "converted", options.positions, True, base_model=model)
     same = PeftModel.from_pretrained(base(), adapter, is_trainable=True)
+    if options.frozen_subspace:
+        for name, parameter in same.named_parameters():
+            if name.endswith("projection"):
+                parameter.requires_grad_(False)
     ours = train(same, batches, options.learning_rate, "peft_reft")
     torch.manual_seed(options.seed)
-    config = ReftConfig(r=options.rank, positions=options.positions, task_type="CAUSAL_LM")
+    config = ReftConfig(
+        r=options.rank, positions=options.positions, freeze_subspace=options.frozen_subspace, task_type="CAUSAL_LM"
+    )
     identity = train(get_peft_model(base(), config), batches, options.learning_rate, "identity")
     return {
         "task": task | {"model": Path(model).name, "steps": options.steps, "batch_size": options.batch_size},
@@ -174,6 +182,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--positions", default="f7+l7")
+    parser.add_argument("--frozen_subspace", action="store_true", help="train W and b alone")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the JSON file and the plot")
     options = parser.parse_args()

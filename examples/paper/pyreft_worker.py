@@ -72,6 +72,10 @@ def main() -> None:
         base_loss = model(**first).loss.item()
     reft = adapted(model, task["rank"])
     reft.save(str(folder / "init"))
+    if task["frozen_subspace"]:
+        for name, parameter in reft.named_parameters():
+            if "rotate_layer" in name:
+                parameter.requires_grad_(False)
 
     parameters = [parameter for parameter in reft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task["learning_rate"], weight_decay=0.0)
