@@ -234,7 +234,7 @@ def collect(jobs: list[Job], options: argparse.Namespace) -> None:
             command = {"method": job.contender.flags, "common": TASKS[job.task][job.size]}
             results["configuration"] = {"command": command}
             results |= {"task": job.task, "label": job.contender.label, "learning_rate": job.rate, "size": job.size}
-            results |= {"model": Path(results["model"]).name, "data": Path(results["data"]).name}
+            results |= {"model": results["preset"], "data": Path(results["data"]).name}  # in place of folders
             lines.append(json.dumps(results, ensure_ascii=False))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text("\n".join(lines) + "\n", encoding="utf-8")
