@@ -146,7 +146,8 @@ def plot_parameters(tasks: dict[str, list[Method]], file: Path) -> None:
             axis.errorbar(parameters, middle, yerr=error, fmt="o", color=color(method.label), capsize=3)
             axis.annotate(method.label, (parameters, middle), xytext=(5, 5), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
-        axis.margins(x=0.25)
+        low, high = axis.get_xlim()
+        axis.set_xlim(low / 2, high * 5)  # room for the labels
         axis.set(title=TITLES[task], xlabel="trainable parameters, without the head", ylabel=METRICS[task])
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
