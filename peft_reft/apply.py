@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
-from peft_reft.autograd import pick
+from peft_reft.autograd import no_autocast, pick
 from peft_reft.interventions import Intervention, precise
 from peft_reft.plan import RowSelection, Selection
 from peft_reft.stacked import Stacked
@@ -18,8 +15,9 @@ def edit_tokens(
     selection: Selection,
     hidden: torch.Tensor,
     coordinates: torch.Tensor | None = None,
+    strength: float = 1.0,
+    session: object = None,
     keep_output: bool = False,
-    **options: Any,
 ) -> torch.Tensor:
     """`hidden` with the selected tokens edited.
 
@@ -28,29 +26,28 @@ def edit_tokens(
         selection: the tokens.
         hidden: `[batch, tokens, d]`, or `[rows, d]` when `selection` is everything.
         coordinates: `[r]`, or `[batch, r]` where rows differ, see `Intervention.forward`; None for all.
-        keep_output: see `Intervention.add`.
-        options: more arguments for `Intervention.forward`.
+        strength, session, keep_output: see `Intervention.forward`.
     """
     dtype, units = precise(hidden.dtype), intervention.units
-    with _no_autocast(hidden.device.type):
+    with no_autocast(hidden.device.type):
         if selection.rows is None:
             codes = hidden.new_ones(hidden.shape[:-1]) if selection.codes is None else selection.codes
             gate = None if units == 1 and selection.codes is None else _one_hot(codes - 1, units, dtype)
             if coordinates is not None and coordinates.dim() == 2 and hidden.dim() == 3:
                 coordinates = coordinates.unsqueeze(1)
-            return intervention.add(hidden, gate, coordinates, keep_output=keep_output, **options)
+            return intervention(hidden, gate, coordinates, strength, session, add=True, keep_output=keep_output)
         gate = None if units == 1 else _one_hot(selection.units, units, dtype)
         if coordinates is not None and coordinates.dim() == 2:
             coordinates = coordinates.index_select(0, selection.rows // hidden.shape[1])
         flat, picked = pick(hidden.flatten(0, -2), selection.rows)
-        edit = intervention(picked.to(dtype), gate, coordinates, **options)
-        return shaped(flat.index_add(0, selection.rows, edit.to(hidden.dtype)), hidden.shape)
+        edit = intervention(picked, gate, coordinates, strength, session)
+        return shaped(flat.index_add(0, selection.rows, edit), hidden.shape)
 
 
 def edit_rows(stacked: Stacked, selection: RowSelection, hidden: torch.Tensor) -> torch.Tensor:
     """`hidden` `[rows, tokens, d]` with the selected tokens of each row edited by its own intervention."""
     dtype = precise(hidden.dtype)
-    with _no_autocast(hidden.device.type):
+    with no_autocast(hidden.device.type):
         if selection.index is None:
             return hidden + stacked(hidden.to(dtype), selection.codes).to(hidden.dtype)
         index = selection.index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
@@ -64,11 +61,6 @@ def shaped(fresh: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     FSDP2 hooks the outputs of blocks; a view that the model then changes in place would lose the hooks.
     """
     return fresh if fresh.shape == shape else torch.ops.aten._unsafe_view(fresh, shape)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # Entering the context takes longer than asking whether there is a need to.
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 # [..., k] -> [..., k'], elementwise but for a choice of columns
 Link = Callable[[torch.Tensor], torch.Tensor]
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which operations keep the dtypes of their arguments."""
+    # Entering the context takes longer than asking whether there is a need to.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def pick(hidden: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +86,7 @@ def _add_low_rank(
 
 
 def _linked(link: Link, inner: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    return link(inner.view(*hidden.shape[:-1], -1)).flatten(0, -2)
+    return link(inner.view(*hidden.shape[:-1], inner.shape[-1])).flatten(0, -2)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -95,7 +102,10 @@ class _AddLowRank(torch.autograd.Function):
     ) -> torch.Tensor:
         edited, inner, target = _add_low_rank(hidden, left, right, shift, link)
         ctx.link, ctx.keep_output = link, keep_output
-        ctx.save_for_backward(edited if keep_output else hidden, left, right, inner, target)
+        _, wants_left, wants_right, *_ = ctx.needs_input_grad
+        kept = (edited if keep_output else hidden) if wants_right else None
+        needs_target = wants_left or (wants_right and keep_output)
+        ctx.save_for_backward(kept, left, right, None if link is None else inner, target if needs_target else None)
         return edited
 
     @staticmethod
@@ -103,14 +113,14 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, left, right, inner, target = ctx.saved_tensors
         wants_hidden, wants_left, wants_right, wants_shift, *_ = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad.device.type):
             rows = grad.reshape(-1, grad.shape[-1]).to(left.dtype)
             grad_left = target.mT @ rows if wants_left else None
             grad_inner = rows @ left.mT
             if ctx.link is not None:
                 grad_inner = _grad_linked(ctx.link, inner, grad, grad_inner)
             grad_right = None
-            if right is not None and wants_right:
+            if wants_right:
                 grad_right = grad_inner.mT @ kept.reshape(-1, kept.shape[-1]).to(left.dtype)
                 if ctx.keep_output:
                     # What was kept is the sum of `hidden` and the edit.

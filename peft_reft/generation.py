@@ -61,8 +61,12 @@ class Generation:
         def codes(positions: Positions) -> torch.Tensor | int | None:
             return self._codes(positions, start, seen, count)
 
-        behind = (0 if seen >= self.length else -1) if isinstance(start, torch.Tensor) else max(start - self.length, -1)
-        return Plan(tokens.shape, codes, behind=behind)
+        return Plan(tokens.shape, codes, behind=self._behind(start, seen))
+
+    def _behind(self, start: int | torch.Tensor, seen: int) -> int:
+        if isinstance(start, torch.Tensor):
+            return 0 if seen >= self.length else -1
+        return max(start - self.length, -1)
 
     def _codes(
         self, positions: Positions, start: int | torch.Tensor, seen: int, count: int

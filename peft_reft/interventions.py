@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from peft_reft.autograd import Link, add_low_rank
+from peft_reft.autograd import Link, add_low_rank, no_autocast
 
 # Of rows to be orthonormalized only the directions count, but the shorter they are the further a step of an optimizer
 # turns them: at this length as far as in pyreft, for which the paper's learning rates were chosen.
@@ -61,14 +61,16 @@ class _GramSchmidt(torch.autograd.Function):
         rows, triangle = ctx.saved_tensors
         if rows_grad is None:
             rows_grad = torch.zeros_like(rows)
-        product = rows_grad @ rows.mT
-        if triangle_grad is not None:  # in a second derivative
-            product = product - triangle.mT @ triangle_grad
-        symmetric = product.tril() + product.tril(-1).mT
-        return torch.linalg.solve_triangular(triangle.mT, rows_grad - symmetric @ rows, upper=True)
+        with no_autocast(rows.device.type):
+            product = rows_grad @ rows.mT
+            if triangle_grad is not None:  # in a second derivative
+                product = product - triangle.mT @ triangle_grad
+            symmetric = product.tril() + product.tril(-1).mT
+            return torch.linalg.solve_triangular(triangle.mT, rows_grad - symmetric @ rows, upper=True)
 
 
 def _cholesky_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Rows of very different length do no harm: Cholesky's errors are relative to each row.
     factor, _ = torch.linalg.cholesky_ex(matrix @ matrix.mT)
     return torch.linalg.solve_triangular(factor, matrix, upper=False), factor
 
@@ -111,8 +113,8 @@ class Intervention(nn.Module):
         self.units = units
         self.act_name = None if act_fn == "linear" else act_fn
         self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
-        # A module of its own would be one more for each adapter to go through.
-        self.dropout = dropout
+        # Only where it does something: it is one more module of each adapter to go through.
+        self.dropout = nn.Dropout(dropout) if dropout else None
         self._create_parameters(features, rank, units)
         if not next(self.parameters()).is_meta:
             with torch.no_grad():
@@ -147,51 +149,52 @@ class Intervention(nn.Module):
         coordinates: torch.Tensor | None = None,
         strength: float = 1.0,
         session: object = None,
+        add: bool = False,
+        keep_output: bool = False,
     ) -> torch.Tensor:
-        """The edit to add to `hidden`.
+        """The edit, or the representations with the edit added.
 
         Args:
-            hidden: `[..., d]`, float32 or float64; the edit is computed in this dtype.
+            hidden: `[..., d]`, any floating point dtype; the edit is computed in `precise(hidden.dtype)`.
             gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit
                 edits all.
             coordinates: broadcastable to `[..., r]`, 1 for the coordinates of the subspace that are edited and 0 for
                 the others. None: all.
             strength: factor of the edit.
             session: something that lasts while the parameters do not change, such as one `generate` call.
+            add: whether to add the edit to `hidden`.
+            keep_output: whether what comes next keeps the sum for its own backward pass, so that keeping it costs
+                nothing.
 
         Returns:
-            `[..., d]`, same dtype as `hidden`.
+            `[..., d]`, dtype of `hidden`.
         """
-        edit = self.edit(hidden, gate, coordinates, session)
+        if add:
+            return self._sum(hidden, gate, coordinates, strength, session, keep_output)
+        precisely = hidden.to(precise(hidden.dtype))
+        edit = self.edit(precisely, gate, coordinates, session)
         if strength != 1.0:
             edit = strength * edit
-        if self.training and self.dropout > 0 and strength != 0:
-            edit = nn.functional.dropout(hidden + edit, self.dropout) - hidden
+        if self._drops and strength != 0:
+            edit = self.dropout(precisely + edit) - precisely
             if gate is not None:
                 edit = edit * gate.sum(-1, keepdim=True)
-        return edit
+        return edit.to(hidden.dtype)
 
-    def add(
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout is not None and self.dropout.p > 0
+
+    def _sum(
         self,
         hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        strength: float = 1.0,
-        session: object = None,
-        keep_output: bool = False,
+        gate: torch.Tensor | None,
+        coordinates: torch.Tensor | None,
+        strength: float,
+        session: object,
+        keep_output: bool,
     ) -> torch.Tensor:
-        """`hidden` with the edit added.
-
-        Args:
-            hidden: `[..., d]`, any floating point dtype; the edit is computed in `precise(hidden.dtype)`.
-            gate, coordinates, strength, session: see `forward`.
-            keep_output: whether what comes next keeps the result for its own backward pass.
-
-        Returns:
-            `[..., d]`, same dtype as `hidden`.
-        """
-        precisely = hidden.to(precise(hidden.dtype))
-        return hidden + self(precisely, gate, coordinates, strength, session).to(hidden.dtype)
+        return hidden + self.forward(hidden, gate, coordinates, strength, session)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -335,46 +338,33 @@ class LowRankIntervention(Intervention):
         # Without a product so far there is one row for all.
         return target.expand(*hidden.shape[:-1], -1) @ left
 
-    def add(
+    def _sum(
         self,
         hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        strength: float = 1.0,
-        session: object = None,
-        keep_output: bool = False,
+        gate: torch.Tensor | None,
+        coordinates: torch.Tensor | None,
+        strength: float,
+        session: object,
+        keep_output: bool,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() or (self.training and self.dropout > 0 and strength != 0):
-            return super().add(hidden, gate, coordinates, strength, session)
+        if torch.compiler.is_compiling() or (self._drops and strength != 0):
+            return super()._sum(hidden, gate, coordinates, strength, session, keep_output)
         left, right, shift = self.products(precise(hidden.dtype), coordinates, session)
         return add_low_rank(hidden, left, right, shift, self._link(gate, coordinates, strength), keep_output)
 
     def products(
         self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
     ) -> Products:
-        """The factors as they multiply representations.
+        """The factors as they multiply representations; computed once for each `session` where no gradients are asked.
 
-        Without gradients those of frozen parameters are kept until the parameters are written to (but not through
-        `.data`, of which PyTorch keeps no count), and those of others through a `session`.
+        Without a session every time: optimizers and callbacks write to parameters in ways that nothing keeps count of.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return Products.of(self.factors(dtype, coordinates))
-        state = self._written or session
-        if state is None:
-            return Products.of(self.factors(dtype))
-        key = (state, dtype, self.projection.device)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, Products.of(self.factors(dtype)))
-        return self._cache[1]
-
-    @property
-    def _written(self) -> tuple[tuple[int, int], ...] | None:
-        """Changes when frozen parameters do, None if some are not frozen."""
-        parameters = self._parameters.values()
-        # Averages of weights, say, are swapped in through `.data`, which is counted nowhere.
-        if any(parameter.requires_grad or parameter.is_inference() for parameter in parameters):
-            return None
-        return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        key, cached = (session, dtype, self.projection.device), self._cache
+        if cached is None or cached[0] != key:
+            cached = self._cache = (key, Products.of(self.factors(dtype)))
+        return cached[1]
 
     def _link(self, gate: torch.Tensor | None, coordinates: torch.Tensor | None, strength: float = 1.0) -> Link | None:
         """What happens between the two products, None for nothing."""

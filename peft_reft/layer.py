@@ -185,7 +185,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _train(intervention: Intervention, wanted: bool) -> None:
-        for parameter in intervention._parameters.values():
+        for parameter in intervention.parameters():
             # Asking is faster: most adapters of many stay as they are.
             if parameter.requires_grad != wanted:
                 parameter.requires_grad_(wanted)
@@ -276,7 +276,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if plan.behind >= self._reach or self._is_idle(plan):
             return None
         hidden = _hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
-        edited = self._edit(plan, hidden, f"{self.site_name} returned")
+        # The first thing that the next block does is to normalize it, unless another hook changes it.
+        keep_output = self.is_block and len(module._forward_hooks) == 1
+        edited = self._edit(plan, hidden, f"{self.site_name} returned", keep_output)
         return None if edited is hidden else _with_hidden(output, edited)
 
     def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -288,7 +290,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         given = _hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
         # Where accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
-        edited = self._edit(plan, hidden, f"{self.site_name} was given")
+        keep_output = self.is_block and len(module._forward_pre_hooks) == 1
+        edited = self._edit(plan, hidden, f"{self.site_name} was given", keep_output)
         if edited is hidden:
             return None
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
@@ -327,7 +330,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                     )
         return tuple(actions)
 
-    def _edit(self, whole_plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
+    def _edit(self, whole_plan: Plan, hidden: torch.Tensor, name: str, keep_output: bool) -> torch.Tensor:
         """`hidden` itself where nothing is edited."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
@@ -342,10 +345,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if plan.rows is not None and plan.rows.adapters is not None:
             edited = self._edit_by_row(plan, grid, name)
         else:
-            edited = self._edit_alike(plan, grid, name, self._actions(whole_plan))
+            edited = self._edit_alike(plan, grid, name, self._actions(whole_plan), keep_output)
         return hidden if edited is grid else shaped(edited, hidden.shape)
 
-    def _edit_alike(self, plan: Plan, hidden: torch.Tensor, name: str, actions: tuple[Action, ...]) -> torch.Tensor:
+    def _edit_alike(
+        self, plan: Plan, hidden: torch.Tensor, name: str, actions: tuple[Action, ...], keep_output: bool
+    ) -> torch.Tensor:
         for action in actions:
             # [rows, features]: without a token axis every row counts.
             selection = EVERYTHING if hidden.dim() == 2 else plan.selection(action.positions, hidden, name)
@@ -358,8 +363,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 self._coordinates(action, plan.rows, hidden),
                 strength=action.strength,
                 session=self.tracker.generation,
-                # The first thing that a block does with its input is to normalize it.
-                keep_output=self.is_block,
+                keep_output=keep_output,
             )
         return hidden
 

@@ -135,6 +135,9 @@ class ReftModel(SteeringMixin, BaseTuner):
             layer.update_layer(adapter_name, peft_config, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype and not _has_reft_alone(self.model):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
         # PEFT's own goes through every adapter there is.
         for module, layer in layers(self.model):
             if adapter_name not in layer.reft_intervention:
@@ -150,12 +153,11 @@ class ReftModel(SteeringMixin, BaseTuner):
                 intervention.to(dtype)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        around = list(modules_around(model))
-        if any(_adapts(module) and not isinstance(module, ReftLayer) for module in around):
+        if not _has_reft_alone(model):
             super()._mark_only_adapters_as_trainable(model)
             return
         # PEFT's own goes through every adapter there is.
-        for module in around:
+        for module in modules_around(model):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
@@ -311,8 +313,12 @@ class ReftModel(SteeringMixin, BaseTuner):
             setattr(parent, child_name, new_module)
 
 
-def _adapts(module: nn.Module) -> bool:
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+def _has_reft_alone(model: nn.Module) -> bool:
+    """Whether nothing else that PEFT trains is on the model: other methods, modules to save, trainable tokens."""
+    adapts = (
+        module for module in modules_around(model) if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    )
+    return all(isinstance(module, ReftLayer) for module in adapts)
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:

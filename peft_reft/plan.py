@@ -214,7 +214,7 @@ def _spread(codes: torch.Tensor | int, hidden: torch.Tensor) -> torch.Tensor:
 
 def _segments(codes: torch.Tensor | Segments | int, hidden: torch.Tensor) -> Segments:
     """Codes of the tokens of `hidden`, as `_spread`, but on the host."""
-    shape = hidden.shape[0], hidden.shape[1]
+    shape = int(hidden.shape[0]), int(hidden.shape[1])
     if isinstance(codes, int):
         return Segments.alike(shape, codes)
     if isinstance(codes, Segments):

@@ -229,7 +229,7 @@ def _runs(tokens: Tokens, guessed: bool) -> Runs:
     starts = None if tokens.starts is None else tokens.starts.to(real.device)
     if tokens.prompt_mask is not None:
         prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
-        _refuse_padding((prompt & ~real).any(-1), real)
+        _refuse_padding((prompt & ~real)[:, past:])
         return Runs.of_prompt(prompt, real, starts, turn=past)
     if guessed:
         return Runs.of_prompt(real, real, starts, turn=past)
@@ -255,11 +255,12 @@ def _labels(tokens: Tokens, real: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels, (past, 0), value=pos.IGNORE_INDEX) if past else labels
 
 
-def _refuse_padding(rows: torch.Tensor, real: torch.Tensor) -> None:
+def _refuse_padding(contradictory: torch.Tensor) -> None:
+    rows = contradictory.any(-1)
     if rows.any():
         which = rows_of_batch(rows.nonzero().squeeze(1).tolist(), len(rows))
         raise ValueError(
-            f"prompt_mask and attention_mask, both {tuple(real.shape)} here, contradict each other: {which} "
+            f"prompt_mask and attention_mask, both {tuple(contradictory.shape)} here, contradict each other: {which} "
             "marks tokens as prompt that attention_mask marks as padding."
         )
 

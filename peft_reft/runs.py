@@ -36,7 +36,7 @@ class Segments:
     @classmethod
     def of(cls, codes: torch.Tensor) -> Segments:
         """From codes int8 `[batch, tokens]`."""
-        shape = codes.shape[0], codes.shape[1]
+        shape = int(codes.shape[0]), int(codes.shape[1])
         flat = codes.cpu().contiguous().numpy().reshape(-1)
         begin = np.flatnonzero(_opens(flat, shape[1]))
         return cls(shape, _lengths(begin, flat.size), flat[begin])
@@ -142,7 +142,7 @@ class Runs:
 
     @classmethod
     def _of(cls, roles: torch.Tensor, starts: torch.Tensor | None = None, turn: int = 0) -> Runs:
-        batch, tokens = roles.shape
+        batch, tokens = map(int, roles.shape)  # tensors in a trace
         # For tokens on a GPU this is the one host synchronization of a pass.
         flat = roles.cpu().numpy().reshape(-1)
         opens = _opens(flat, tokens)

@@ -112,3 +112,21 @@ def test_an_edit_of_all_tokens_keeps_no_representation_for_the_backward_pass(int
     assert floor > base.config.num_hidden_layers * one
     config = ReftConfig(r=2, positions="all", intervention=intervention, init_weights=False)
     assert kept_bytes(get_peft_model(base, config).train(), shape) == floor
+
+
+def test_a_hook_may_change_an_edited_output_in_place():
+    model = get_peft_model(llama(), ReftConfig(r=2, positions="all", init_weights=False)).train()
+    ids = torch.arange(12).reshape(1, 12)
+    shift = torch.randn(model.config.hidden_size)
+    blocks = model.get_base_model().model.layers
+
+    def gradients(change):
+        handles = [block.register_forward_hook(change) for block in blocks]
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.logsumexp(-1).sum().backward()
+        for handle in handles:
+            handle.remove()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    in_place = gradients(lambda module, args, output: output.add_(shift))
+    torch.testing.assert_close(in_place, gradients(lambda module, args, output: output + shift))

@@ -294,25 +294,31 @@ def test_gradients_flow_in_a_session_too():
 
 
 @torch.no_grad()
-def test_rows_of_frozen_parameters_are_computed_once_until_they_are_written_to():
-    intervention = make().eval().requires_grad_(False)
-    hidden = torch.randn(2, FEATURES, dtype=torch.float64)
-    once = intervention.products(torch.float64)
-    assert intervention.products(torch.float64) is once
-    for parameter in intervention.parameters():
-        parameter.normal_()
-        torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
-    intervention.projection = torch.nn.Parameter(torch.randn_like(intervention.projection), requires_grad=False)
-    torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
-
-
-@torch.no_grad()
-def test_writes_behind_the_back_of_autograd_reach_parameters_in_training():
-    intervention = make().eval()
+@pytest.mark.parametrize("frozen", [True, False])
+def test_writes_behind_the_back_of_autograd_are_seen(frozen):
+    intervention = make().eval().requires_grad_(not frozen)
     hidden = torch.randn(2, FEATURES, dtype=torch.float64)
     intervention(hidden)
-    intervention.projection.data.normal_()
-    torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
+    for parameter in intervention.parameters():
+        # As TRL keeps its reference model in step with the trained one.
+        parameter.data.mul_(0.5).add_(torch.randn_like(parameter))
+        torch.testing.assert_close(hidden + intervention(hidden), by_loops(intervention, hidden, [0, 0]))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_no_representations_at_all(strength):
+    hidden = torch.randn(0, FEATURES, dtype=torch.float64)
+    assert make()(hidden, strength=strength, add=True).shape == hidden.shape
+
+
+def test_a_backward_pass_under_autocast_is_as_precise_as_without():
+    intervention = make().float()
+    hidden = torch.randn(5, FEATURES)
+    expected = torch.autograd.grad(intervention(hidden, add=True).square().sum(), list(intervention.parameters()))
+    total = intervention(hidden, add=True).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(total, list(intervention.parameters()))
+    assert all(map(torch.equal, got, expected))
 
 
 def test_a_step_turns_the_subspace_as_far_as_in_pyreft():

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from peft import PeftType, get_peft_model
+from accelerate import cpu_offload
+from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from trl.trainer.utils import disable_dropout_in_model
 
 import peft_reft
 from peft_reft import ReftConfig, ReftLayer, ReftModel, registration
@@ -321,3 +323,34 @@ def test_an_error_inside_the_model_leaves_no_prompt_behind():
         hidden = inner(input_ids=IDS).last_hidden_state
     assert torch.equal(model.get_base_model().lm_head(hidden), expected)
     assert torch.equal(logits(model), expected)
+
+
+@torch.no_grad()
+def test_offloading_a_model_takes_its_adapters_along():
+    model = adapted(positions="all")
+    expected = logits(model)
+    assert torch.equal(logits(cpu_offload(model, torch.device("cpu"))), expected)
+
+
+@pytest.mark.parametrize("make", [ReftConfig, LoraConfig])
+def test_trained_tokens_of_a_half_precision_model_are_float32(make):
+    model = get_peft_model(tiny.llama().bfloat16(), make(r=2, trainable_token_indices=[5, 7]))
+    (delta,) = [parameter for name, parameter in model.named_parameters() if "trainable_tokens_delta" in name]
+    assert delta.dtype == torch.float32
+
+
+def test_trainers_that_switch_dropout_off_reach_ours():
+    model = adapted(positions="all", dropout=0.5)
+    expected = logits(model)
+    assert not torch.equal(logits(model.train()), expected)
+    disable_dropout_in_model(model)
+    assert torch.equal(logits(model), expected)
+
+
+@torch.no_grad()
+def test_a_trace_edits_the_same_tokens():
+    model = adapted(positions="f2+l2").requires_grad_(False)
+    # A tuple in place of a dictionary, which a trace cannot return.
+    call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False, "return_dict": False}
+    traced = torch.jit.trace(lambda ids: model(**call | {"input_ids": ids})[0], IDS, check_trace=False)
+    torch.testing.assert_close(traced(IDS.flip(0)), model(**call | {"input_ids": IDS.flip(0)})[0])
