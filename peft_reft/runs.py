@@ -111,7 +111,7 @@ class Runs:
         # NumPy compares integers in half the time that torch takes.
         on_host = labels.device.type == "cpu"
         labeled = torch.from_numpy(labels.numpy() != IGNORE_INDEX) if on_host else labels != IGNORE_INDEX
-        runs = cls._of(real.view(torch.uint8) + (real & labeled).view(torch.uint8), starts, turn)
+        runs = cls._of(real.to(torch.uint8) + (real & labeled).to(torch.uint8), starts, turn)
         return runs._told_by_labels()
 
     @classmethod
@@ -126,8 +126,8 @@ class Runs:
             starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
             turn: index of a token that opens a new span even right behind a prompt token; 0 for none.
         """
-        completion = (real & ~prompt).view(torch.uint8)
-        return cls._of(real.view(torch.uint8) + completion, starts, turn)._after_prompts()
+        completion = (real & ~prompt).to(torch.uint8)
+        return cls._of(real.to(torch.uint8) + completion, starts, turn)._after_prompts()
 
     @classmethod
     def one_prompt(cls, shape: tuple[int, int]) -> Runs:
@@ -138,7 +138,7 @@ class Runs:
     @classmethod
     def of_completion(cls, real: torch.Tensor) -> Runs:
         """The runs of a batch without a prompt, such as the decoder's in an encoder-decoder model."""
-        return cls._of(real.view(torch.uint8) * COMPLETION)
+        return cls._of(real.to(torch.uint8) * COMPLETION)
 
     @classmethod
     def _of(cls, roles: torch.Tensor, starts: torch.Tensor | None = None, turn: int = 0) -> Runs:
