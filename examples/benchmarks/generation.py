@@ -32,7 +32,7 @@ def main() -> None:
     arguments.add_argument("--new", type=int, default=64, help="new tokens (default: %(default)s)")
     args = arguments.parse_args()
     if args.quick:
-        args.rounds = min(args.rounds, 5)
+        args.rounds = min(args.rounds, 4)
     device, dtype = start(args)
     base = build(args.model, device, dtype)
     names = QUICK_ADAPTERS if args.quick else ADAPTERS

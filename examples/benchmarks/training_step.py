@@ -11,7 +11,7 @@ prompt. A step is forward, backward, AdamW's step and the reset of gradients; th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -32,6 +32,7 @@ from models import (
 
 FLOOR, FLOOR_UPPER = "frozen model", "frozen model, upper half"
 ADAPTERS = (LOREFT, LOREFT_ALL, LOREFT_UPPER, LORA, LORA_ALL)
+QUICK_ADAPTERS = (LOREFT, LOREFT_UPPER, LORA)
 PASSES, STEP = "forward and backward", "step"
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     device, dtype = start(args)
     base = build(args.model, device, dtype)
     batch = example(rows, tokens, base.config.get_text_config().vocab_size, device)
-    runs, trainable = variants(base, batch, Clock(device))
+    names = QUICK_ADAPTERS if args.quick else ADAPTERS
+    runs, trainable = variants(base, names, batch, Clock(device))
     progress(f"training steps, {args.model}")
     times = interleave(runs, args.rounds)
     heading = f"Training step, {args.model} ({describe(base)}), {rows} x {tokens} tokens, {args.dtype}:"
@@ -62,12 +64,12 @@ def example(rows: int, tokens: int, vocabulary: int, device: torch.device) -> di
 
 
 def variants(
-    base: torch.nn.Module, batch: dict[str, torch.Tensor], clock: Clock
+    base: torch.nn.Module, names: Iterable[str], batch: dict[str, torch.Tensor], clock: Clock
 ) -> tuple[dict[str, Callable[[], dict[str, float]]], dict[str, int]]:
     """Runs for `interleave`, and the number of parameters that each one trains."""
     layers = depth(base)
     models = {FLOOR: floor(base, 0), FLOOR_UPPER: floor(base, layers // 2)}
-    models |= {name: adapted(base, name) for name in ADAPTERS}
+    models |= {name: adapted(base, name) for name in names}
     runs, trainable = {}, {}
     for name, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
