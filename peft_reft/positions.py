@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -52,26 +51,26 @@ class Positions:
     words: tuple[Word, ...]
     shared: bool = True
 
-    @cached_property
+    @property
     def units(self) -> int:
         return 1 if self.shared else len(self.words)
 
-    @cached_property
+    @property
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of word -> (its count, the code of its unit); codes start at 1, 0 means no edit."""
         return {word.kind: (word.count, 1 if self.shared else i + 1) for i, word in enumerate(self.words)}
 
-    @cached_property
+    @property
     def needs_prompt(self) -> bool:
         """Whether the tokens depend on where the prompt ends."""
         return "all" not in self.kinds
 
-    @cached_property
+    @property
     def tail(self) -> int:
         """Code of the unit that edits every token far behind the prompt, 0 if none does."""
         return self.kinds.get("all", self.kinds.get("completion", (0, 0)))[1]
 
-    @cached_property
+    @property
     def counted(self) -> int:
         """How many tokens right after the prompt `c<n>` selects, 0 without such a word."""
         return self.kinds.get("count", (0, 0))[0]
