@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_reft.sites import BlockList, block_lists
+from peft_reft.sites import BlockList, only_block_list
 
 _BATCH = 16
 
@@ -55,21 +55,13 @@ def directions_from_pairs(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = list(layers)
-    block_list = _only_block_list(base)
+    block_list = only_block_list(base)
     numbers = [_number(block_list, layer) for layer in layers]
     if not positive or not negative:
         raise ValueError(f"Texts of both kinds are needed, got {len(positive)} positive and {len(negative)} negative.")
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         means = [_mean_states(base, block_list, tokenizer, texts, numbers) for texts in (positive, negative)]
     return {layer: (means[0][i] - means[1][i])[None] for i, layer in enumerate(layers)}
-
-
-def _only_block_list(model: nn.Module) -> BlockList:
-    found = block_lists(model)
-    if len(found) != 1:
-        names = ", ".join(repr(block_list.name) for block_list in found) or "none"
-        raise ValueError(f"The model must have one stack of blocks, {type(model).__name__} has {names}.")
-    return found[0]
 
 
 def _number(block_list: BlockList, layer: int) -> int:

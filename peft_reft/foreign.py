@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
-
-from peft_reft.sites import BlockList, block_lists
 
 
 class Edit(NamedTuple):
@@ -175,19 +172,3 @@ def _orthogonal(original: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     tau = 2 / (1 + reflectors.square().sum(-2))
     # The diagonal holds signs. Weight decay shrinks it, and torch rounds it to zero then.
     return base @ (torch.linalg.householder_product(reflectors, tau) * original.diagonal().int())
-
-
-def only_block_list(model: nn.Module) -> BlockList:
-    """The stack of blocks of a model that has one.
-
-    Raises:
-        ValueError: it has none, or two.
-    """
-    found = block_lists(model)
-    if len(found) != 1:
-        names = ", ".join(repr(block_list.name) for block_list in found) or "none"
-        raise ValueError(
-            f"Layers are numbered in one stack of blocks, but {type(model).__name__} has {names}: an adapter of an "
-            "encoder-decoder model has no exact counterpart, since its decoder's prompt is edited there."
-        )
-    return found[0]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, only_block_list, read_json, read_tensors
+from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
+from peft_reft.sites import only_block_list
 
 CONFIG = "adapter_config.json"
 HEAD_CONFIG = "head_config.json"

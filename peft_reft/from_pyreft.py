@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_reft.components import COMPONENTS
-from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, only_block_list, read_json, read_tensors
+from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
 from peft_reft.positions import Positions
+from peft_reft.sites import only_block_list
 
 TRAINER_FOLDER = "intervenable_model"
 BASE_WEIGHTS = "pytorch_model.bin"

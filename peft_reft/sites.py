@@ -95,6 +95,22 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     return lists
 
 
+def only_block_list(model: nn.Module) -> BlockList:
+    """The stack of blocks of a model that has one.
+
+    Raises:
+        ValueError: it has none, or two.
+    """
+    found = block_lists(model)
+    if len(found) != 1:
+        names = ", ".join(repr(block_list.name) for block_list in found) or "none"
+        raise ValueError(
+            f"Layers are numbered here in the one stack of blocks of a model, but {type(model).__name__} has {names}. "
+            "Encoder-decoder models and models without a stack are not supported for this."
+        )
+    return found[0]
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether tokens pass through the model in two streams."""
     return ENCODER in _streams(model)

@@ -33,13 +33,13 @@ if __name__ == "__main__":
 
 SEEDS = {"cpu": [42, 43], "gpu": [42, 43, 44]}
 
-# The first three or four of each are used: a factor of three apart, around what is usual for the method.
+# A factor of three apart, around what is usual for the method; the first ones are used if fewer are asked for.
 RATES = {
-    "reft": [2e-3, 6e-3, 2e-2, 6e-4],
-    "lora": [1e-3, 3e-3, 3e-4, 1e-2],
+    "reft": [2e-3, 6e-3, 6e-4, 2e-2],
+    "lora": [3e-3, 1e-3, 1e-2, 3e-4],
     "ia3": [1e-2, 3e-2, 3e-3, 1e-1],
     "full": [3e-5, 1e-4, 1e-5, 3e-4],
-    "head": [3e-3, 1e-2, 1e-3, 3e-2],
+    "head": [1e-2, 3e-3, 3e-2, 1e-3],
 }
 NUMBER_OF_RATES = {"cpu": 3, "gpu": 4}
 
@@ -53,19 +53,29 @@ class Contender:
     rates: str | None
 
 
+def _reft(name: str, method: str, rank: int, positions: str) -> Contender:
+    flags = ("--method", method, "--rank", str(rank), "--positions", positions)
+    return Contender(f"{name} r={rank} {positions}", flags, "reft")
+
+
 def contenders(suite: str, size: str) -> list[Contender]:
-    """Sizes of LoReFT, DiReFT, LoRA and the baseline; on a GPU also the costlier ones."""
-    small, large = (4, 16) if suite == "glue" else (1, 8)
-    # A run of a generation suite takes minutes of a processor: one size there.
-    sizes = (large,) if suite != "glue" and size == "cpu" else (small, large)
-    chosen = [
-        *(Contender(f"LoReFT r={r}", ("--method", "loreft", "--rank", str(r)), "reft") for r in sizes),
-        Contender(f"DiReFT r={large}", ("--method", "nodireft", "--rank", str(large)), "reft"),
-        Contender("LoRA r=8, q and v", ("--method", "lora"), "lora"),
-        Contender("head alone", ("--method", "none"), "head")
-        if suite == "glue"
-        else Contender("zero-shot", ("--method", "none"), None),
-    ]
+    """LoReFT at several sizes and positions, DiReFT, LoRA and the baseline; on a GPU also the costlier ones."""
+    if suite == "glue":
+        chosen = [
+            _reft("LoReFT", "loreft", 4, "f3+l3"),
+            *(_reft("LoReFT", "loreft", rank, "all") for rank in (4, 16)),
+            _reft("DiReFT", "nodireft", 16, "all"),
+            Contender("head alone", ("--method", "none"), "head"),
+        ]
+    else:
+        # A run of a generation suite takes minutes of a processor: one size there.
+        ranks = (8,) if size == "cpu" else (1, 8)
+        chosen = [
+            *(_reft("LoReFT", "loreft", rank, "f7+l7") for rank in ranks),
+            _reft("DiReFT", "nodireft", 8, "f7+l7"),
+            Contender("zero-shot", ("--method", "none"), None),
+        ]
+    chosen.insert(-1, Contender("LoRA r=8, q and v", ("--method", "lora"), "lora"))
     if size == "gpu":
         chosen += [
             Contender("LoRA r=8, all linear", ("--method", "lora-all"), "lora"),
@@ -87,12 +97,12 @@ TASKS = {
         "gpu": ["--num_train_epochs", "10"],
     },
     "cola": {
-        "cpu": ["--train_rows", "4000", "--num_train_epochs", "1"],
+        "cpu": ["--train_rows", "4000", "--num_train_epochs", "4"],
         "gpu": ["--num_train_epochs", "10"],
     },
     "commonsense": {
         "cpu": [
-            *("--train_rows", "160", "--dev_rows", "40", "--num_train_epochs", "1", "--max_length", "128"),
+            *("--train_rows", "240", "--dev_rows", "40", "--num_train_epochs", "1", "--max_length", "128"),
             *("--tasks", "boolq", "hellaswag", "ARC-Easy", "openbookqa", "--eval_rows", "25", "--logging_steps", "2"),
         ],
         "gpu": ["--train_rows", "2800", "--dev_rows", "200", "--eval_rows", "200", "--num_train_epochs", "3"],
@@ -269,7 +279,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--output", type=Path, default=Path("outputs", "paper", "grid"), help="folder of the runs")
     parser.add_argument(
-        "--results", type=Path, default=Path(__file__).resolve().parent / "results.jsonl", help="where to collect them"
+        "--results", type=Path, default=Path("outputs", "paper", "results.jsonl"), help="where to collect them"
     )
     parser.add_argument("--dry_run", action="store_true")
     options = parser.parse_args()

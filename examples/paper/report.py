@@ -1,7 +1,7 @@
 """Writes the tables and plots of RESULTS.md from what `grid.py` measured; the text around them stays.
 
     python examples/paper/report.py
-    python examples/paper/report.py --results other.jsonl --document OTHER.md
+    python examples/paper/report.py --results one.jsonl other.jsonl --document OTHER.md
 
 A file that does not exist is begun. What stands between the two marker lines is replaced.
 """
@@ -201,10 +201,10 @@ def render(results: list[Result], folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path("outputs", "paper", "results.jsonl")])
     parser.add_argument("--document", type=Path, default=HERE / "RESULTS.md")
     options = parser.parse_args()
-    results = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+    results = [json.loads(line) for file in options.results for line in file.read_text(encoding="utf-8").splitlines()]
     text = (
         options.document.read_text(encoding="utf-8") if options.document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
     )
