@@ -1,4 +1,4 @@
-"""What the training scripts share: command line arguments in TRL's style, data, and answers to look at.
+"""What the training scripts share: command line arguments in TRL's style, data, the run, and answers to look at.
 
 Import it before torch and Transformers: it sets what they read from the environment.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import datasets
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
@@ -144,6 +145,17 @@ def load_data(
         arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming
     )
     return data[arguments.dataset_train_split], data.get(arguments.dataset_test_split)
+
+
+def train_and_save(trainer: Trainer, arguments: ScriptArguments) -> None:
+    """Train, from a checkpoint if that was asked for, and save the adapter, to the hub too if that was."""
+    begin = time.perf_counter()
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {trainer.args.output_dir}.")
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ The reference model is the base model: TRL computes it with the adapter disabled
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 
 from common import (
@@ -21,6 +20,7 @@ from common import (
     parse,
     print_before_after,
     reft_config,
+    train_and_save,
 )
 from trl import DPOConfig, DPOTrainer, ScriptArguments, get_quantization_config
 
@@ -89,7 +89,6 @@ def main() -> None:
     training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
     train, test = load_data(script_args, preferences("train"), preferences("test"))
 
-    begin = time.perf_counter()
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -98,12 +97,7 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=reft_config(model_args),
     )
-    trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+    train_and_save(trainer, script_args)
 
     prompts = [row["prompt"] for row in (train if test is None else test).take(4)]
     prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

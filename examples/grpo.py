@@ -10,8 +10,6 @@ adapter that can be merged. All flags: --help.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from common import (
     ModelArguments,
@@ -21,6 +19,7 @@ from common import (
     parse,
     print_before_after,
     reft_config,
+    train_and_save,
 )
 from trl import GRPOConfig, GRPOTrainer, ScriptArguments, get_quantization_config
 
@@ -99,7 +98,6 @@ def main() -> None:
     rows = {split: [{"prompt": [{"role": "user", "content": news}]} for news in NEWS[split]] for split in NEWS}
     train, test = load_data(script_args, rows["train"], rows["test"])
 
-    begin = time.perf_counter()
     trainer = GRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -108,12 +106,7 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=reft_config(model_args),
     )
-    trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+    train_and_save(trainer, script_args)
 
     prompts = [row["prompt"] for row in (train if test is None else test).take(6)]
     prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

@@ -11,9 +11,7 @@ which TRL casts to bfloat16, goes back to float32. All flags: --help.
 
 from __future__ import annotations
 
-import time
-
-from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config
+from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config, train_and_save
 from peft.functional import cast_adapter_dtype
 from sft import orders, show
 from transformers.utils import is_torch_bf16_gpu_available
@@ -38,7 +36,6 @@ def main() -> None:
     training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
     train, test = load_data(script_args, orders("train", 48), orders("test", 4))
 
-    begin = time.perf_counter()
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -51,12 +48,7 @@ def main() -> None:
     cast_adapter_dtype(trainer.model, "default")
     base = trainer.model.get_base_model()
     print(f"The base model takes {base.get_memory_footprint() / 2**20:.0f} MiB.")
-    trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+    train_and_save(trainer, script_args)
     show(trainer, train if test is None else test)
 
 

@@ -11,11 +11,10 @@ whole conversation counts as prompt. All flags: --help.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 
 import torch
-from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config
+from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config, train_and_save
 from trl import RewardConfig, RewardTrainer, ScriptArguments, get_quantization_config
 
 TOPICS = {
@@ -82,7 +81,6 @@ def main() -> None:
     training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
     train, test = load_data(script_args, preferences("train"), preferences("test"))
 
-    begin = time.perf_counter()
     trainer = RewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -91,14 +89,9 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=reft_config(model_args),
     )
-    trainer.model.print_trainable_parameters()
     rows = list((train if test is None else test).take(2))
     before, scores = [score(trainer, row) for row in rows], trainer.evaluate() if test is not None else {}
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+    train_and_save(trainer, script_args)
 
     print("\nReward before -> after")
     for row, old in zip(rows, before, strict=True):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
 from collections.abc import Iterator
 
 from common import (
@@ -25,6 +24,7 @@ from common import (
     parse,
     print_before_after,
     reft_config,
+    train_and_save,
 )
 from datasets import Dataset
 from trl import ScriptArguments, SFTConfig, SFTTrainer, get_quantization_config
@@ -81,7 +81,6 @@ def main() -> None:
     training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
     train, test = load_data(script_args, orders("train", 48), orders("test", 8))
 
-    begin = time.perf_counter()
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -90,12 +89,7 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=reft_config(model_args),
     )
-    trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    print(f"Trained in {time.perf_counter() - begin:.0f} s; the adapter is in {training_args.output_dir}.")
+    train_and_save(trainer, script_args)
     show(trainer, train if test is None else test)
 
 
