@@ -245,6 +245,15 @@ def test_unknown_preset_is_refused():
         presets.recipe("instruct", "llama-13b")
 
 
+@pytest.mark.parametrize(("script", "flags"), [(glue, ["--max_length"]), (commonsense, ["--dev_rows", "--packing"])])
+def test_help_names_the_trainers_flags_too(script, flags, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    for flag in (*flags, "--method", "--learning_rate", "--per_device_train_batch_size"):
+        assert flag in text
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_make_the_adapters_they_name(method):
     config = peft_config(method, "CAUSAL_LM", 2, "f1+l2", [0, 2], False, 0.1, "pyreft")

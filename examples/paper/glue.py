@@ -23,6 +23,7 @@ from runs import (
     Run,
     draw,
     find_file,
+    first_look,
     is_folder,
     load_trained,
     measured,
@@ -39,7 +40,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -150,7 +150,7 @@ def load_model(run: Run, num_labels: int) -> PreTrainedModel | PeftModel:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    asked, _ = HfArgumentParser(GlueArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    asked = first_look(argv, GlueArguments)
     data = QUICK["data"] if asked.quick else asked.data
     tasks = asked.tasks or [task for task in GLUE_TASKS if not is_folder(data) or has_files(data, task)]
     if unknown := set(tasks) - set(GLUE_TASKS):

@@ -103,7 +103,7 @@ def parse(
     """Arguments of a suite, or of one task of it: the command line's, else `quick`'s, the preset's or `defaults`."""
     # Transformers' words about itself.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    asked, _ = HfArgumentParser(arguments_type).parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    asked = first_look(argv, arguments_type)
     preset = asked.preset or ("minilm" if suite == "glue" else "smollm2")
     chosen = recipe(suite, preset, task)
     folder = "-".join([preset, asked.method, *(["quick"] if asked.quick else [])])
@@ -144,6 +144,12 @@ def parse(
     if not sys.stderr.isatty():
         disable_progress_bar()
     return arguments, training, chosen
+
+
+def first_look(argv: Sequence[str] | None, arguments_type: type[Arguments]) -> Arguments:
+    """The suite's own arguments, without the preset's values. Leaves --help to the parser that knows all flags."""
+    parser = HfArgumentParser(arguments_type, add_help=False)
+    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0]
 
 
 def adapter_config(arguments: PaperArguments, task_type: str) -> PeftConfig | None:
