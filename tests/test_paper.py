@@ -445,7 +445,8 @@ def test_generation_resumes_as_if_nothing_had_happened(decoder, tmp_path, monkey
     file = tmp_path / "parts" / "generations" / "boolq.jsonl"
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + 10
-    file.write_text("\n".join(lines[:5]) + "\n")
+    # The last one was not written to its end.
+    file.write_text("\n".join(lines[:6])[:-3])
     monkeypatch.setattr(answering, "generate", counting := Counting(answering.generate))
     assert commonsense.main([*flags, "--output_dir", str(tmp_path / "parts")])["tasks"] == whole["tasks"]
     assert counting.prompts == {"boolq": 6, "piqa": 0}
@@ -476,6 +477,46 @@ def test_generation_in_batches_is_that_of_each_prompt_alone(decoder):
         alone = model.generate(**inputs, do_sample=False, max_new_tokens=5)
         assert texts[number] == tokenizer.decode(alone[0], skip_special_tokens=True)
         assert texts[number].startswith(prompt)
+
+
+def test_generation_ends_with_the_tokenizers_end_as_training_does(decoder):
+    """Training makes the model's configuration the tokenizer's; a model that is loaded again has its own."""
+    tokenizer = answering.load_tokenizer(decoder[1])
+    model = answering.AutoModelForCausalLM.from_pretrained(decoder[1])
+    inputs = tokenizer("w9 w10", return_tensors="pt")
+    first, second = model.generate(**inputs, do_sample=False, max_new_tokens=2)[0, -2:].tolist()
+    assert first != second
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(second)
+    texts = dict(suites.generate(model, tokenizer, ["w9 w10"], 1, 64, "one", max_new_tokens=5))
+    assert texts[0].split() == ["w9", "w10", *tokenizer.convert_ids_to_tokens([first, second])]
+
+
+def test_generated_texts_are_kept_whatever_is_in_them(tmp_path):
+    """Characters that end lines elsewhere, but not in JSON."""
+    head, prompts = {"model": "tiny"}, ["one\u2028two", "three\x85\r\nfour"]
+    lines = [{"number": number, "prompt": prompt, "text": f"{prompt}\u2029"} for number, prompt in enumerate(prompts)]
+    file = tmp_path / "texts.jsonl"
+    assert answering._read_generations(file, head, prompts) == {}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(answering._json_line(line) for line in lines)
+        stream.write('{"number": 1, "pro')
+    for _ in range(2):
+        assert answering._read_generations(file, head, prompts) == {line["number"]: line["text"] for line in lines}
+    file.write_text("")
+    assert answering._read_generations(file, head, prompts) == {}
+
+
+def test_answers_of_another_model_are_not_taken(decoder, tmp_path):
+    other = tmp_path / "other"
+    tiny.build(tiny.LlamaForCausalLM, tiny.LlamaConfig(**tiny._LLAMA), seed=1).save_pretrained(other)
+    tiny.tokenizer().save_pretrained(other)
+    flags = [*decoder, "--method", "none", "--eval_only", "--output_dir", str(tmp_path / "run")]
+    file = tmp_path / "run" / "generations" / "boolq.jsonl"
+    commonsense.main(flags)
+    texts = file.read_text().splitlines()[1:]
+    commonsense.main([*flags, "--model", str(other)])
+    assert len(texts) == 10
+    assert not set(texts) & set(file.read_text().splitlines()[1:])
 
 
 RESULTS = {

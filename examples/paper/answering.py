@@ -143,10 +143,10 @@ class GenerationRun:
         prompts = [self.suite.prompt(row) for row in rows]
         file = self.run.folder / "generations" / f"{task}.jsonl"
         head = {
-            "adapter": self.arguments.adapter,
+            **{name: getattr(self.arguments, name) for name in ("model", "dtype", "method", "adapter")},
             "options": self.options,
             "max_prompt": self.training.max_length,
-            "trained": self.run.training_file.stat().st_mtime if self.run.training_file.exists() else None,
+            "saved": self.run.saved_at,
         }
         done = _read_generations(file, head, prompts)
         left = [number for number in range(len(rows)) if number not in done]
@@ -162,20 +162,28 @@ class GenerationRun:
             ):
                 done[left[number]] = text
                 line = {"number": left[number], "prompt": prompts[left[number]], "text": text}
-                print(json.dumps(line, ensure_ascii=False), file=stream, flush=True)
+                stream.write(_json_line(line))
+                stream.flush()
         return [done[number] for number in range(len(rows))]
 
 
 def _read_generations(file: Path, head: dict[str, Any], prompts: list[str]) -> dict[int, str]:
     """What an earlier evaluation in the same terms has written; starts the file anew if it was in others."""
+    done = {}
     if file.exists():
-        first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines, which takes more for ends of lines than JSON does. What an interrupted run did not write to
+        # the end has none.
+        first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]] or [None]
         asked = dict(enumerate(prompts))
         if first == head and all(asked.get(line["number"]) == line["prompt"] for line in lines):
-            return {line["number"]: line["text"] for line in lines}
+            done = {line["number"]: line for line in lines}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(head) + "\n", encoding="utf-8")
-    return {}
+    file.write_text("".join(_json_line(line) for line in (head, *done.values())), encoding="utf-8")
+    return {number: line["text"] for number, line in done.items()}
+
+
+def _json_line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -254,6 +254,12 @@ class Run:
             raise SystemExit(f"There is nothing to evaluate in {self.folder}. Train first, or name an --adapter.")
         return str(folder)
 
+    @property
+    def saved_at(self) -> float | None:
+        """When what is evaluated was saved, if that is on this machine."""
+        folder = Path(self.arguments.adapter or self.folder / "adapter")
+        return max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=None)
+
     def train(self, trainer: Trainer) -> None:
         """Train, from the last checkpoint if there is one; save what was trained, and how it went."""
         checkpoint = get_last_checkpoint(self.folder)

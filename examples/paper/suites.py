@@ -220,6 +220,8 @@ def generate(
     """
     if not prompts:
         return
+    # What training ends its answers with, which the base model's own configuration need not know.
+    options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} | options
     model.eval()
     lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
     order = sorted(range(len(prompts)), key=lambda number: -lengths[number])
