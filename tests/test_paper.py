@@ -413,6 +413,10 @@ def test_glue_resumes_as_if_nothing_had_happened(encoder, tmp_path, monkeypatch)
         patch.setattr(glue, "Trainer", interrupting(glue.Trainer, 8))
         with pytest.raises(Interrupted):
             glue.main([*flags, "--output_dir", str(tmp_path / "parts")])
+    # And a checkpoint that was not written to its end.
+    unfinished = tmp_path / "parts" / "sst2" / "checkpoint-8"
+    shutil.copytree(unfinished.with_name("checkpoint-5"), unfinished)
+    (unfinished / "trainer_state.json").unlink()
     parts = glue.main([*flags, "--output_dir", str(tmp_path / "parts")])["tasks"]["sst2"]
     assert parts["resumed"]
     assert not whole["resumed"]
@@ -617,6 +621,41 @@ def test_another_adapter_is_evaluated_and_not_trained(decoder, tmp_path):
     assert other["trainable_parameters"] == trained["trainable_parameters"]
     texts = [(tmp_path / run / "generations" / "boolq.jsonl").read_text().splitlines()[1:] for run in ("run", "other")]
     assert texts[0] == texts[1]
+
+
+def test_results_of_another_adapter_are_its_own(decoder, tmp_path):
+    flags = [*decoder, "--num_train_epochs", "1"]
+    run, lora = tmp_path / "run", tmp_path / "lora"
+    commonsense.main([*flags, "--output_dir", str(run)])
+    trained = commonsense.main([*flags, "--method", "lora", "--output_dir", str(lora)])
+    adapter = ["--eval_only", "--adapter", str(lora / "adapter"), "--output_dir", str(run)]
+    results = commonsense.main([*flags, *adapter])
+    for name in ("trainable_parameters", "adapter_bytes", "tasks"):
+        assert results[name] == trained[name]
+    assert results["configuration"]["adapter"]["peft_type"] == "LORA"
+    assert (results["log"], results["seconds"]["train"]) == ([], None)
+
+
+def test_a_run_is_evaluated_as_it_was_trained(decoder, tmp_path):
+    flags = [*decoder, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    commonsense.main([*flags, "--learning_rate", "0.01"])
+    again = commonsense.main([*flags, "--eval_only"])
+    assert again["configuration"]["training_arguments"]["learning_rate"] == 0.01
+    for flag, name in (("--rank", "rank = 2"), ("--seed", "seed = 42")):
+        with pytest.raises(SystemExit, match=rf"holds a run with {name}, this one has 7: evaluate it with that"):
+            commonsense.main([*flags, "--eval_only", flag, "7"])
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "data", other)
+    assert commonsense.main([*flags, "--eval_only", "--data", str(other)])["tasks"] == again["tasks"]
+    with pytest.raises(SystemExit, match=r"holds a run with data = "):
+        commonsense.main([*flags, "--learning_rate", "0.01", "--data", str(other)])
+
+
+def test_what_has_not_begun_can_be_put_right(decoder, tmp_path):
+    flags = [*decoder, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="there is no layer 7"):
+        commonsense.main([*flags, "--layers", "7"])
+    assert commonsense.main([*flags, "--layers", "2"])["configuration"]["arguments"]["layers"] == [2]
 
 
 def test_a_checkout_of_llm_adapters_is_read(decoder, tmp_path):

@@ -35,7 +35,7 @@ from peft import PeftConfig, PeftModel
 from presets import Recipe, recipe
 from suites import Row
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -106,7 +106,7 @@ def parse(
     asked = first_look(argv, arguments_type)
     preset = asked.preset or ("minilm" if suite == "glue" else "smollm2")
     chosen = recipe(suite, preset, task)
-    folder = "-".join([preset, asked.method, *(["quick"] if asked.quick else [])])
+    folder = "-".join([preset, "adapter" if asked.adapter else asked.method, *(["quick"] if asked.quick else [])])
     bf16 = is_torch_bf16_gpu_available()
     parser = HfArgumentParser([arguments_type, training_type])
     parser.set_defaults(
@@ -198,7 +198,7 @@ def draw(rows: list[Row], number: int | None) -> list[Row]:
 
 # What may differ between the runs of one folder: it does not change what is trained.
 _NOT_TRAINING = {
-    *("eval_only", "adapter", "quick", "data", "tasks", "eval_rows", "eval_data", "max_new_tokens"),
+    *("eval_only", "adapter", "quick", "tasks", "eval_rows", "eval_data", "max_new_tokens"),
     *("output_dir", "logging_dir", "disable_tqdm", "per_device_eval_batch_size", "save_steps", "save_total_limit"),
     *("dataloader_pin_memory", "dataloader_num_workers", "report_to", "run_name", "project", "trackio_space_id"),
 }
@@ -220,24 +220,28 @@ class Run:
             }
         )
         self.training_file = folder / "training.json"
+        self.configuration_file = folder / "configuration.json"
+        if arguments.adapter is None and (self.training_file.exists() or last_checkpoint(folder)):
+            self._compare(json.loads(self.configuration_file.read_text()))
         if not arguments.eval_only:
-            self._begin()
+            folder.mkdir(parents=True, exist_ok=True)
+            self.configuration_file.write_text(json.dumps(self.configuration, indent=2))
 
-    def _begin(self) -> None:
-        """Refuse to go on with what was begun with other settings."""
-        file = self.folder / "configuration.json"
-        if file.exists():
-            old = json.loads(file.read_text())
-            for part in ("arguments", "training_arguments"):
-                for name, value in self.configuration[part].items():
-                    before = old[part].get(name, value)
-                    if name not in _NOT_TRAINING and before != value:
-                        raise SystemExit(
-                            f"{self.folder} holds a run with {name} = {before}, this one has {value}: "
-                            "choose another --output_dir, or delete that one."
-                        )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.configuration, indent=2))
+    def _compare(self, old: dict[str, Any]) -> None:
+        """Refuse to go on with what was trained with other settings, or to evaluate it as if it had these."""
+        evaluates = self.arguments.eval_only
+        may_differ = _NOT_TRAINING | ({"data", "dtype"} if evaluates else set())
+        new = self.configuration["arguments"] | ({} if evaluates else self.configuration["training_arguments"])
+        new |= {"seed": self.training.seed}  # it also splits GLUE's validation sets
+        before = old["training_arguments"] | old["arguments"]
+        for name, value in new.items():
+            if name not in may_differ and before.get(name, value) != value:
+                raise SystemExit(
+                    f"{self.folder} holds a run with {name} = {before[name]}, this one has {value}: "
+                    + ("evaluate it with that." if evaluates else "choose another --output_dir, or delete that one.")
+                )
+        if evaluates:
+            self.configuration["training_arguments"] = old["training_arguments"] | {"output_dir": str(self.folder)}
 
     @property
     def trains(self) -> bool:
@@ -262,13 +266,13 @@ class Run:
 
     def train(self, trainer: Trainer) -> None:
         """Train, from the last checkpoint if there is one; save what was trained, and how it went."""
-        checkpoint = get_last_checkpoint(self.folder)
+        checkpoint = last_checkpoint(self.folder)
         if checkpoint is not None:
             print(f"Resuming from {checkpoint}")
         parameters = count_parameters(trainer.model)
         print(f"{self.arguments.method}: {parameters['trainable_parameters']:,} trainable parameters")
         with measured() as cost:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(self.folder / "adapter"))
         record = {
             **parameters,
@@ -281,7 +285,10 @@ class Run:
 
     def write(self, model: PreTrainedModel | PeftModel, scores: dict[str, Any], evaluation: dict[str, float]) -> dict:
         """Write `results.json`. `scores` is part of it, `evaluation` what the evaluation cost."""
-        training = json.loads(self.training_file.read_text()) if self.training_file.exists() else {}
+        other = self.arguments.adapter
+        training = json.loads(self.training_file.read_text()) if other is None and self.training_file.exists() else {}
+        if other is not None and isinstance(model, PeftModel):
+            self.configuration["adapter"] = jsonable(model.active_peft_config.to_dict())
         parameters = count_parameters(model)
         parameters |= {name: training[name] for name in parameters if name in training}
         results = {
@@ -291,7 +298,7 @@ class Run:
             **scores,
             **parameters,
             "trainable_percent": 100 * parameters["trainable_parameters"] / parameters["base_parameters"],
-            "adapter_bytes": stored_bytes(self.folder / "adapter"),
+            "adapter_bytes": stored_bytes(Path(other or self.folder / "adapter")),
             **{
                 name: {"train": training.get("cost", {}).get(name), "evaluate": evaluation[name]}
                 for name in ("seconds", "processor_seconds", "peak_memory_mib")
@@ -304,6 +311,12 @@ class Run:
         }
         write_json(self.folder / "results.json", results)
         return results
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last one that is complete: the trainer writes its state after all else."""
+    complete = [file.parent for file in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return max(complete, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def jsonable(value: Any) -> Any:
@@ -339,7 +352,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Size of the weights that were saved."""
+    """Size of the weights that were saved; 0 if they are not on this machine."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
