@@ -574,6 +574,34 @@ def test_results_of_a_glue_run(encoder, tmp_path, method):
     assert again["tasks"]["sst2"]["scores"] == sst2["scores"]
 
 
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_glue_takes_a_decoder_without_a_padding_token(encoder, tmp_path, unknown):
+    folder = tmp_path / "decoder"
+    tiny.llama(pad_token_id=None).save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token, tokenizer.unk_token = None, unknown
+    tokenizer.save_pretrained(folder)
+    assert glue.load_tokenizer(folder).pad_token == (unknown or "</s>")
+    flags = [*encoder, "--model", str(folder), "--tasks", "mrpc", "--num_train_epochs", "1"]
+    flags += ["--output_dir", str(tmp_path / "run")]
+    results = glue.main(flags)
+    assert glue.main([*flags, "--eval_only"])["tasks"]["mrpc"]["scores"] == results["tasks"]["mrpc"]["scores"]
+
+
+def test_missing_data_are_told_before_training(encoder, decoder, tmp_path, monkeypatch):
+    def train(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(answering.Run, "train", train)
+    flags = [*decoder, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="no test data of hellaswag in "):
+        commonsense.main([*flags, "--tasks", "boolq", "hellaswag"])
+    with pytest.raises(SystemExit, match="--dev_rows 24 leaves none of 24 rows to train on"):
+        commonsense.main([*flags, "--dev_rows", "24"])
+    with pytest.raises(SystemExit, match="no training data of any task in "):
+        glue.main([*encoder, "--data", str(tmp_path / "decoder")])
+
+
 def test_glue_takes_pairs_and_three_classes(encoder, tmp_path):
     results = glue.main([*encoder, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "run")])
     assert set(results["tasks"]) == {"sst2", "mrpc", "stsb", "mnli"}

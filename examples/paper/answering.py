@@ -15,6 +15,7 @@ from runs import (
     draw,
     find_file,
     is_folder,
+    load_tokenizer,
     load_trained,
     measured,
     parse,
@@ -24,7 +25,7 @@ from suites import Arithmetic, Commonsense, Instruct, Row, generate, majority
 
 # isort: split
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
@@ -98,6 +99,8 @@ class GenerationRun:
         """The rows to train on, and those kept back."""
         rows = self.without_hopeless(self.train_rows())
         end = len(rows) - self.arguments.dev_rows
+        if end < 1:
+            raise SystemExit(f"--dev_rows {self.arguments.dev_rows} leaves none of {len(rows)} rows to train on.")
         return rows[:end], rows[end:]
 
     def pairs(self, rows: list[Row]) -> Dataset:
@@ -186,26 +189,20 @@ def _json_line(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """With a padding token: as in the paper the one for unknown words, if it has none and there is one."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
 def scored_run(suite: type[Commonsense] | type[Arithmetic], argv: Sequence[str] | None, quick: dict[str, Any]) -> dict:
     """Train, answer every task of a suite, and write the percentages of right answers beside the majority's."""
     this = GenerationRun(suite, argv, {}, quick)
+    # Before training, which is long.
+    tests = {task: found for task in this.tasks if (found := this.test_rows(task)) is not None}
+    if missing := [task for task in this.tasks if task not in tests]:
+        message = f"There are no test data of {', '.join(missing)} in {this.arguments.data}"
+        if this.arguments.tasks or not tests:
+            raise SystemExit(f"{message}.")
+        print(f"{message}: left out")
     model = this.model()
     tasks: dict[str, dict[str, Any]] = {}
     with measured() as cost:
-        for task in this.tasks:
-            found = this.test_rows(task)
-            if found is None:
-                print(f"{task}: no test data in {this.arguments.data}, left out")
-                continue
-            rows, source = found
+        for task, (rows, source) in tests.items():
             texts = this.answers(model, task, rows)
             answers = [suite.extract(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
             right = [suite.correct(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
@@ -217,8 +214,6 @@ def scored_run(suite: type[Commonsense] | type[Arithmetic], argv: Sequence[str] 
                 "source": source,
             }
             print("{:<16}{score:6.1f}   (majority {majority:.1f}, {rows} rows, {source})".format(task, **tasks[task]))
-    if not tasks:
-        raise SystemExit(f"{this.arguments.data} has test data of none of the tasks.")
     average = sum(scores["score"] for scores in tasks.values()) / len(tasks)
     print(f"{'average':<16}{average:6.1f}   over {len(tasks)} tasks")
     return this.run.write(model, {"scores": {"average": average}, "tasks": tasks}, cost)

@@ -25,6 +25,7 @@ from runs import (
     find_file,
     first_look,
     is_folder,
+    load_tokenizer,
     load_trained,
     measured,
     parse,
@@ -38,7 +39,6 @@ from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
@@ -97,7 +97,7 @@ def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
     arguments, training = parse(argv, GlueArguments, TrainingArguments, "glue", DEFAULTS, QUICK, task)[:2]
     training.output_dir = str(Path(training.output_dir, task))
     run = Run("glue", Path(training.output_dir), arguments, training, "SEQ_CLS")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     tokenize = partial(tokenizer, truncation=True, max_length=arguments.max_length)
 
     validation = load_split(arguments.data, task, "validation")
@@ -110,7 +110,7 @@ def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
 
     set_seed(training.seed)
     trainer = Trainer(
-        model=load_model(run, GLUE_TASKS[task].num_labels),
+        model=load_model(run, GLUE_TASKS[task].num_labels, tokenizer.pad_token_id),
         args=training,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -134,12 +134,15 @@ def metrics_of(evaluation: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in evaluation.items() if name in names}
 
 
-def load_model(run: Run, num_labels: int) -> PreTrainedModel | PeftModel:
+def load_model(run: Run, num_labels: int, pad_token_id: int) -> PreTrainedModel | PeftModel:
     """The model to train, or the trained one."""
 
     def load(name: str) -> PreTrainedModel:
         dtype = run.arguments.dtype
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=dtype)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=dtype)
+        if model.config.pad_token_id is None:  # a decoder finds a row's last token with it
+            model.config.pad_token_id = pad_token_id
+        return model
 
     if not run.trains:
         return load_trained(load, run)
@@ -155,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tasks = asked.tasks or [task for task in GLUE_TASKS if not is_folder(data) or has_files(data, task)]
     if unknown := set(tasks) - set(GLUE_TASKS):
         raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: GLUE has {', '.join(GLUE_TASKS)}.")
+    if not tasks:
+        raise SystemExit(f"There is no training data of any task in {data}.")
     runs = {task: run_task(argv, task) for task in tasks}
     average = sum(run["scores"]["score"] for run in runs.values()) / len(runs)
     print(f"{'average':<16}{average:6.1f}   over {len(runs)} tasks")

@@ -3,8 +3,10 @@
     python examples/paper/instruct.py --quick                                    # the bundled model and data, offline
     python examples/paper/instruct.py --data tatsu-lab/alpaca --preset llama-7b \\
         --eval_data hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json
-    alpaca_eval --model_outputs outputs/paper/instruct/llama-7b-loreft/model_outputs.json \\
-        --annotators_config alpaca_eval_gpt4
+    IS_ALPACA_EVAL_2=False alpaca_eval --annotators_config alpaca_eval_gpt4 \\
+        --model_outputs outputs/paper/instruct/llama-7b-loreft/model_outputs.json
+
+The last command is the paper's AlpacaEval 1.0, against text-davinci-003; without the variable it is 2.0, against GPT-4.
 
 Data have `instruction`, `input` (may be empty) and `output`; a folder holds them as `train.jsonl.gz`, `train.json` or
 `alpaca_data.json`. Without --eval_data the answered instructions are training rows that were kept back (--dev_rows).
@@ -60,8 +62,8 @@ def model_outputs(rows: Sequence[Row], texts: Sequence[str], generator: str, sou
 
 def main(argv: Sequence[str] | None = None) -> dict:
     this = GenerationRun(Instruct, argv, DEFAULTS, QUICK)
+    rows, source = questions(this)  # before training, which is long
     model = this.model()
-    rows, source = questions(this)
     with measured() as cost:
         texts = this.answers(model, "instruct", rows)
     generator = f"{Path(this.arguments.model).name}-{this.arguments.method}"

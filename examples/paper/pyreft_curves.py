@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runs import SAMPLES, draw, read_rows
+from runs import SAMPLES, draw, load_tokenizer, read_rows
 from suites import Commonsense
 
 # isort: split
@@ -33,7 +33,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from answering import load_tokenizer
 from machine import machine, versions
 from peft import PeftModel, get_peft_model
 from presets import smollm2

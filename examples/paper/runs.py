@@ -34,7 +34,14 @@ from methods import LEARNING_RATES, LORA_RANK, METHODS, REFT, peft_config
 from peft import PeftConfig, PeftModel
 from presets import Recipe, recipe
 from suites import Row
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_torch_bf16_gpu_available
 from transformers.utils.logging import disable_progress_bar
@@ -328,6 +335,14 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"Wrote {path}")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """With a padding token: as in the paper the one for unknown words, if it has none and there is one."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def load_trained(load: Callable[[str], PreTrainedModel], run: Run) -> PreTrainedModel | PeftModel:
