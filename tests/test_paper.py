@@ -574,6 +574,27 @@ def test_results_of_a_glue_run(encoder, tmp_path, method):
     assert again["tasks"]["sst2"]["scores"] == sst2["scores"]
 
 
+def test_glue_trains_all_of_robertas_head(encoder, tmp_path):
+    """It has two layers."""
+    folder = tmp_path / "roberta"
+    config = tiny.transformers.RobertaConfig(**tiny._BERT)
+    tiny.build(tiny.transformers.RobertaModel, config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    flags = [*encoder, "--model", str(folder), "--preset", "roberta-base", "--tasks", "sst2"]
+    flags += ["--num_train_epochs", "1", "--output_dir"]
+    results = glue.main([*flags, str(tmp_path / "run")])["tasks"]["sst2"]
+    glue.main([*flags, str(tmp_path / "still"), "--learning_rate", "0"])
+    assert results["head_parameters"] == (tiny.HIDDEN + 1) * tiny.HIDDEN + 2 * (tiny.HIDDEN + 1)
+    assert results["trainable_parameters"] - results["head_parameters"] == tiny.LAYERS * (2 * tiny.HIDDEN + 1)
+    weights, begin = (
+        load_file(tmp_path / run / "sst2" / "adapter" / "adapter_model.safetensors") for run in ("run", "still")
+    )
+    head = {name for name in weights if "classifier" in name}
+    assert len(head) == 4
+    assert all((weights[name] != begin[name]).any() for name in head)
+    assert glue.main([*flags, str(tmp_path / "run"), "--eval_only"])["tasks"]["sst2"]["scores"] == results["scores"]
+
+
 @pytest.mark.parametrize("unknown", ["<unk>", None])
 def test_glue_takes_a_decoder_without_a_padding_token(encoder, tmp_path, unknown):
     folder = tmp_path / "decoder"
@@ -598,8 +619,10 @@ def test_missing_data_are_told_before_training(encoder, decoder, tmp_path, monke
         commonsense.main([*flags, "--tasks", "boolq", "hellaswag"])
     with pytest.raises(SystemExit, match="--dev_rows 24 leaves none of 24 rows to train on"):
         commonsense.main([*flags, "--dev_rows", "24"])
-    with pytest.raises(SystemExit, match="no training data of any task in "):
+    with pytest.raises(SystemExit, match="no train and validation data of any task in "):
         glue.main([*encoder, "--data", str(tmp_path / "decoder")])
+    with pytest.raises(SystemExit, match="no train and validation data of cola in "):
+        glue.main([*encoder, "--tasks", "sst2", "cola", "--quick"])
 
 
 def test_glue_takes_pairs_and_three_classes(encoder, tmp_path):

@@ -22,7 +22,6 @@ from runs import (
     PaperArguments,
     Run,
     draw,
-    find_file,
     first_look,
     is_folder,
     load_tokenizer,
@@ -69,15 +68,12 @@ class GlueArguments(PaperArguments):
 def load_split(data: str, task: str, split: str) -> list[Row]:
     """All labeled rows of a task's training or validation split."""
     if is_folder(data):
-        file = find_file(Path(data).expanduser(), [f"{task}.{split}.jsonl.gz"])
-        if file is None:
-            raise SystemExit(f"There is no {task}.{split}.jsonl.gz in {data}; leave the task out with --tasks.")
-        return read_rows(file)
+        return read_rows(Path(data).expanduser() / f"{task}.{split}.jsonl.gz")
     return load_dataset(data, task, split=GLUE_TASKS[task].validation if split == "validation" else split).to_list()
 
 
-def has_files(data: str, task: str) -> bool:
-    return find_file(Path(data).expanduser(), [f"{task}.train.jsonl.gz"]) is not None
+def has_files(data: str, task: str, splits: Sequence[str]) -> bool:
+    return all(Path(data).expanduser().joinpath(f"{task}.{split}.jsonl.gz").exists() for split in splits)
 
 
 def prepare(rows: list[Row], task: str, tokenize: Callable, longest_first: bool = False) -> Dataset:
@@ -154,12 +150,16 @@ def load_model(run: Run, num_labels: int, pad_token_id: int) -> PreTrainedModel 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     asked = first_look(argv, GlueArguments)
-    data = QUICK["data"] if asked.quick else asked.data
-    tasks = asked.tasks or [task for task in GLUE_TASKS if not is_folder(data) or has_files(data, task)]
-    if unknown := set(tasks) - set(GLUE_TASKS):
+    if unknown := set(asked.tasks or []) - set(GLUE_TASKS):
         raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: GLUE has {', '.join(GLUE_TASKS)}.")
-    if not tasks:
-        raise SystemExit(f"There is no training data of any task in {data}.")
+    data = QUICK["data"] if asked.quick and asked.data == GlueArguments.data else asked.data
+    splits = ("validation",) if asked.eval_only else ("train", "validation")
+    there = [task for task in GLUE_TASKS if not is_folder(data) or has_files(data, task, splits)]
+    tasks = asked.tasks or there
+    missing = set(tasks) - set(there)
+    if missing or not tasks:
+        names = ", ".join(sorted(missing)) or "any task"
+        raise SystemExit(f"There are no {' and '.join(splits)} data of {names} in {data}.")
     runs = {task: run_task(argv, task) for task in tasks}
     average = sum(run["scores"]["score"] for run in runs.values()) / len(runs)
     print(f"{'average':<16}{average:6.1f}   over {len(runs)} tasks")
