@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
@@ -741,7 +742,7 @@ def result(label, rate, seed, quality, score, task="sst2", parameters=770 + 100)
         "seconds": {"train": 3.0, "evaluate": 1.0},
         "processor_seconds": {"train": 2.0, "evaluate": 1.0},
         "peak_memory_mib": {"train": 100.0, "evaluate": 50.0},
-        "machine": "Some processor, 1 threads of 2 CPUs",
+        "machine": "Some processor, 1 thread of 2 CPUs",
         "versions": "torch 1",
         "configuration": {"command": {"method": [], "common": ["--train_rows", "8"]}},
         "log": [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}],
@@ -759,8 +760,9 @@ def test_report_picks_the_rate_by_rows_that_do_not_score(tmp_path):
     ]
     text = report.render(results, tmp_path)
     assert "| LoReFT r=4 | 100 | 1.000% | 0.003 | **68.0** | 65.0 to 71.0 | 2 | 2 | 100 | 2 |" in text
+    assert "Seconds are those of training, of the processor." in text
     # The best rate is the largest one tried.
-    assert "| head alone | 0 | 0.000% | 0.003 * | **51.0** | - | 1 |" in text
+    assert "| head alone | 0 | 0.000% | 0.003 * | **51.0** | - | 1 | 2 | 100 | - |" in text
     assert (tmp_path / "scores.png").stat().st_size > 5000
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
@@ -786,6 +788,20 @@ def test_every_method_of_the_grid_is_swept_over_as_many_rates():
             assert len(chosen) == number
             steps = [after / before for before, after in pairwise(chosen)]
             assert steps == pytest.approx([10**0.5] * len(steps), rel=0.1), size
+
+
+def test_grid_refuses_results_of_other_flags(tmp_path, monkeypatch):
+    job = grid.Job("sst2", grid.contenders("glue", "cpu")[0], 1e-3, 42, "cpu")
+    options = argparse.Namespace(output=tmp_path, data=tmp_path)
+    assert grid.finished(job, options) is None
+    grid.write_flags(job, options)
+    file = job.results_file(tmp_path)
+    file.parent.mkdir(parents=True)
+    file.write_text('{"suite": "glue"}')
+    assert grid.finished(job, options) == {"suite": "glue"}
+    monkeypatch.setitem(grid.TASKS["sst2"], "cpu", ["--train_rows", "7"])
+    with pytest.raises(SystemExit, match=r"--train_rows', '4000'.*not.*--train_rows', '7'"):
+        grid.finished(job, options)
 
 
 # PEFT's own benchmark

@@ -138,11 +138,10 @@ class Job:
         folder = self.folder(root)
         return (folder / self.task if self.suite == "glue" else folder) / "results.json"
 
-    def command(self, options: argparse.Namespace) -> list[str]:
-        flags = [
-            *("--data", str(options.data / self.suite), "--output_dir", str(self.folder(options.output))),
-            *("--seed", str(self.seed), *self.contender.flags, *TASKS[self.task][self.size]),
-        ]
+    @property
+    def flags(self) -> list[str]:
+        """The command line but for folders."""
+        flags = ["--seed", str(self.seed), *self.contender.flags, *TASKS[self.task][self.size]]
         if self.suite == "glue":
             flags += ["--tasks", self.task]
         if self.rate is not None:
@@ -152,24 +151,37 @@ class Job:
 
 def run_job(job: Job, options: argparse.Namespace) -> tuple[Job, str | None]:
     """Run one job, the only one of this process, its output into `log.txt`; what went wrong, if anything."""
-    folder = job.folder(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = write_flags(job, options)
     with (folder / "log.txt").open("a") as log:
         # The process ends after this job.
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            importlib.import_module(job.suite).main(job.command(options))
+            folders = ["--data", str(options.data / job.suite), "--output_dir", str(folder)]
+            importlib.import_module(job.suite).main([*folders, *job.flags])
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             return job, f"{type(error).__name__}: {error}"
     return job, None
 
 
+def write_flags(job: Job, options: argparse.Namespace) -> Path:
+    """Make the job's folder, with a note of what is run there."""
+    folder = job.folder(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "flags.json").write_text(json.dumps(job.flags))
+    return folder
+
+
 def finished(job: Job, options: argparse.Namespace) -> dict[str, Any] | None:
     """The results of a job that was run."""
     file = job.results_file(options.output)
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    flags = json.loads((job.folder(options.output) / "flags.json").read_text())
+    if flags != job.flags:
+        raise SystemExit(f"{job.folder(options.output)} was run with {flags}, not {job.flags}: another --output?")
+    return json.loads(file.read_text())
 
 
 def quality(results: dict[str, Any]) -> float:

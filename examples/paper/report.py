@@ -41,6 +41,10 @@ def adapter_parameters(result: Result) -> int:
     return result["trainable_parameters"] - result["head_parameters"]
 
 
+def on_processors(result: Result) -> bool:
+    return result["machine"].endswith("CPUs")
+
+
 class Method:
     """All results of one method on one task: a sweep with the first seed, and seeds at the best rate."""
 
@@ -64,7 +68,7 @@ class Method:
         rate = "-" if self.rate is None else f"{self.rate:g}{' *' if self.at_edge else ''}"
         spread = f"{min(self.scores):.1f} to {max(self.scores):.1f}" if len(self.scores) > 1 else "-"
         # A GPU's time is the wall clock's; processors are shared, so there it is that of the process.
-        clock = "processor_seconds" if "threads" in self.best["machine"] else "seconds"
+        clock = "processor_seconds" if on_processors(self.best) else "seconds"
         seconds = self.best[clock]["train"]
         memory = max(filter(None, self.best["peak_memory_mib"].values()))
         cells = [
@@ -77,7 +81,8 @@ class Method:
             str(len(self.scores)),
             "-" if seconds is None else f"{seconds:.0f}",
             f"{memory:,.0f}",
-            f"{self.best['adapter_bytes'] / 1024:,.0f}",
+            # Without an adapter the whole model is saved.
+            f"{self.best['adapter_bytes'] / 1024:,.0f}" if parameters else "-",
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -188,10 +193,11 @@ def render(results: list[Result], folder: Path) -> str:
     return "\n\n".join(
         [
             f"{len(results)} runs on {machines}; {software}. Seconds are those of training"
-            + (", of the processor." if "threads" in machines else "."),
+            + (", of the processor." if any(map(on_processors, results)) else "."),
             "Trainable parameters are without the classification head, which every method trains. An asterisk marks a "
-            "best learning rate at the edge of those tried. Scores are means over seeds at the best rate, which rows "
-            "that do not count for the score have picked.",
+            "best learning rate at the edge of those tried. Scores are means over seeds at the best rate, which was "
+            "picked with the first seed, by rows that do not count for its score. (In GLUE the seed also splits the "
+            "validation set, as in the paper's code, so that some of those rows count for the other seeds' scores.)",
             *(table(task, methods) for task, methods in tasks.items()),
             "![Score against trainable parameters](scores.png)",
             "![Learning curves](curves.png)",
