@@ -315,7 +315,7 @@ def test_training_samples():
         text = Arithmetic.prompt(row) + row["output"]
         if suites.is_number(row["answer"]):
             assert Arithmetic.correct(Arithmetic.extract(text, row["answer"]), row["answer"])
-    assert len(rows_of(SAMPLES / "instruct" / "train.jsonl.gz")) == 72
+    assert len(rows_of(SAMPLES / "instruct" / "train.jsonl.gz")) == 240
     for task in ("sst2", "rte", "stsb"):
         for split, number in (("train", 240), ("validation", 80)):
             rows = rows_of(SAMPLES / "glue" / f"{task}.{split}.jsonl.gz")
