@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import pickle
+from collections.abc import Callable
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -352,5 +353,12 @@ def test_a_trace_edits_the_same_tokens():
     model = adapted(positions="f2+l2").requires_grad_(False)
     # A tuple in place of a dictionary, which a trace cannot return.
     call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False, "return_dict": False}
-    traced = torch.jit.trace(lambda ids: model(**call | {"input_ids": ids})[0], IDS, check_trace=False)
-    torch.testing.assert_close(traced(IDS.flip(0)), model(**call | {"input_ids": IDS.flip(0)})[0])
+
+    def trace(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        return torch.jit.trace(lambda ids: module(**call | {"input_ids": ids})[0], IDS, check_trace=False)
+
+    try:
+        trace(tiny.llama().requires_grad_(False))
+    except IndexError:
+        pytest.skip("this version of Transformers cannot trace the base model: its masks take sizes for tensors")
+    torch.testing.assert_close(trace(model)(IDS.flip(0)), model(**call | {"input_ids": IDS.flip(0)})[0])

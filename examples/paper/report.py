@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -21,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from grid import quality
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- report.py begins -->", "<!-- report.py ends -->"
@@ -28,6 +30,7 @@ METRICS = {"sst2": "accuracy", "rte": "accuracy", "cola": "Matthews correlation"
 TITLES = {"sst2": "SST-2", "rte": "RTE", "cola": "CoLA", "commonsense": "Commonsense"}
 # Method families in colors that stay apart for color-blind readers.
 COLORS = {"LoReFT": "#0072B2", "DiReFT": "#56B4E9", "LoRA": "#D55E00", "DoRA": "#E69F00", "IA3": "#009E73"}
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 Result = dict[str, Any]
 
@@ -133,54 +136,63 @@ def _task_table(methods: list[Method]) -> list[str]:
     return [*_header((f"{number} rows each", *tasks, "loss")), *lines]
 
 
-def color(label: str) -> str:
-    return next((color for name, color in COLORS.items() if label.startswith(name)), "#555555")
+def looks(methods: list[Method]) -> list[tuple[str, str, str]]:
+    """Color, line style and marker: the color of its family, the others by its number there."""
+    numbers: Counter[str] = Counter()
+    chosen = []
+    for method in methods:
+        color = next((color for name, color in COLORS.items() if method.label.startswith(name)), "#555555")
+        number = numbers[color]
+        numbers[color] += 1
+        chosen.append((color, STYLES[number % len(STYLES)], MARKERS[number % len(MARKERS)]))
+    return chosen
 
 
 def plot_parameters(tasks: dict[str, list[Method]], file: Path) -> None:
     """Score against trainable parameters on a logarithmic axis; what has none is a dashed line."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4), squeeze=False, layout="constrained")
-    for axis, (task, methods) in zip(axes[0], tasks.items(), strict=True):
-        for method in methods:
+    figure, axes = _axes(len(tasks))
+    for axis, (task, methods) in zip(axes, tasks.items(), strict=True):
+        for method, (color, _, marker) in zip(methods, looks(methods), strict=True):
             parameters, middle = adapter_parameters(method.best), mean(method.scores)
             if not parameters:
-                axis.axhline(middle, color="#999999", linestyle="--", linewidth=1)
-                axis.annotate(method.label, (0.99, middle), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+                axis.axhline(middle, color="#999999", linestyle="--", linewidth=1, label=method.label)
                 continue
             error = [[middle - min(method.scores)], [max(method.scores) - middle]]
-            axis.errorbar(parameters, middle, yerr=error, fmt="o", color=color(method.label), capsize=3)
-            axis.annotate(method.label, (parameters, middle), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axis.errorbar(parameters, middle, yerr=error, fmt=marker, color=color, capsize=3, label=method.label)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
-        axis.set_xlim(low / 2, high * 5)  # room for the labels
+        axis.set_xlim(low / 2, high * 2)
         axis.set(title=TITLES[task], xlabel="trainable parameters, without the head", ylabel=METRICS[task])
-        axis.grid(alpha=0.3)
+        _finish(axis)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
 def plot_curves(tasks: dict[str, list[Method]], file: Path) -> None:
     """Training loss of the first seed at the best rate, as a running mean."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4), squeeze=False, layout="constrained")
-    for axis, (task, methods) in zip(axes[0], tasks.items(), strict=True):
-        for number, method in enumerate(methods):
-            _curve(axis, method, "-" if number % 2 == 0 else "--")
+    figure, axes = _axes(len(tasks))
+    for axis, (task, methods) in zip(axes, tasks.items(), strict=True):
+        for method, (color, style, _) in zip(methods, looks(methods), strict=True):
+            entries = [entry for entry in method.best["log"] if "loss" in entry]
+            windows = [entries[max(0, number - 4) : number + 1] for number in range(len(entries))]
+            losses = [mean(entry["loss"] for entry in window) for window in windows]
+            if entries:
+                label = f"{method.label}, {method.rate:g}"
+                axis.plot([entry["step"] for entry in entries], losses, style, color=color, label=label)
         axis.set(title=TITLES[task], xlabel="step", ylabel="training loss, running mean")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        _finish(axis)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def _curve(axis: Axes, method: Method, style: str) -> None:
-    entries = [entry for entry in method.best["log"] if "loss" in entry]
-    losses, smooth = [entry["loss"] for entry in entries], []
-    for number in range(len(losses)):
-        window = losses[max(0, number - 4) : number + 1]
-        smooth.append(sum(window) / len(window))
-    if smooth:
-        label = f"{method.label}, {method.rate:g}"
-        axis.plot([entry["step"] for entry in entries], smooth, style, color=color(method.label), label=label)
+def _axes(number: int) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, number, figsize=(4.8 * number, 5.2), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _finish(axis: Axes) -> None:
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def render(results: list[Result], folder: Path) -> str:
