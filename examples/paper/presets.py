@@ -77,7 +77,7 @@ GENERATION_PRESETS = {
         "llama-7b": _commonsense("yahma/llama-7b-hf"),
         "llama-13b": _commonsense("yahma/llama-13b-hf"),
         "smollm2": Recipe(
-            smollm2, 8, "f7+l7", True, 256, _training(4e-3, 2, 8, 1, 0.1) | _GROUPED, generation={"max_new_tokens": 10}
+            smollm2, 8, "f7+l7", True, 256, _training(9e-4, 2, 8, 1, 0.1) | _GROUPED, generation={"max_new_tokens": 10}
         ),
     },
     "arithmetic": {
