@@ -434,7 +434,7 @@ def test_glue_resumes_as_if_nothing_had_happened(encoder, tmp_path, monkeypatch)
 
 
 def test_generation_resumes_as_if_nothing_had_happened(decoder, tmp_path, monkeypatch):
-    flags = [*decoder, "--num_train_epochs", "3", "--logging_steps", "1", "--dev_rows", "4"]
+    flags = [*decoder, "--num_train_epochs", "3", "--logging_steps", "1", "--dev_rows", "4", "--learning_rate", "0.004"]
     whole = commonsense.main([*flags, "--output_dir", str(tmp_path / "whole")])
     with monkeypatch.context() as patch:
         patch.setattr(answering, "SFTTrainer", interrupting(answering.SFTTrainer, 8))
