@@ -61,21 +61,21 @@ def _reft(name: str, method: str, rank: int, positions: str) -> Contender:
 def contenders(suite: str, size: str) -> list[Contender]:
     """LoReFT at several sizes and positions, DiReFT, LoRA and the baseline; on a GPU also the costlier ones."""
     if suite == "glue":
-        chosen = [
+        reft = [
             _reft("LoReFT", "loreft", 4, "f3+l3"),
             *(_reft("LoReFT", "loreft", rank, "all") for rank in (4, 16)),
             _reft("DiReFT", "nodireft", 16, "all"),
-            Contender("head alone", ("--method", "none"), "head"),
         ]
+        baseline = Contender("head alone", ("--method", "none"), "head")
     else:
         # A run of a generation suite takes minutes of a processor: one size there.
         ranks = (8,) if size == "cpu" else (1, 8)
-        chosen = [
+        reft = [
             *(_reft("LoReFT", "loreft", rank, "f7+l7") for rank in ranks),
             _reft("DiReFT", "nodireft", 8, "f7+l7"),
-            Contender("zero-shot", ("--method", "none"), None),
         ]
-    chosen.insert(-1, Contender("LoRA r=8, q and v", ("--method", "lora"), "lora"))
+        baseline = Contender("zero-shot", ("--method", "none"), None)
+    chosen = [*reft, Contender("LoRA r=8, q and v", ("--method", "lora"), "lora"), baseline]
     if size == "gpu":
         chosen += [
             Contender("LoRA r=8, all linear", ("--method", "lora-all"), "lora"),
