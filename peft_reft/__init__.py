@@ -4,13 +4,13 @@ Importing this package registers `PeftType.REFT`; from then on `get_peft_model(m
 built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
 """
 
+from peft_reft.analysis.directions import directions_from_pairs
+from peft_reft.analysis.norms import EditNorms, edit_norms
+from peft_reft.analysis.show import show_positions
 from peft_reft.config import ReftConfig
-from peft_reft.directions import directions_from_pairs
 from peft_reft.layer import ReftLayer
 from peft_reft.model import ReftModel
-from peft_reft.norms import EditNorms, edit_norms
 from peft_reft.registration import register
-from peft_reft.show import show_positions
 
 register(ReftConfig, ReftModel)
 

@@ -6,8 +6,8 @@ import torch
 
 from peft_reft.autograd import no_autocast, pick
 from peft_reft.interventions import Intervention, precise
-from peft_reft.plan import RowSelection, Selection
 from peft_reft.stacked import Stacked
+from peft_reft.tokens.passes import RowSelection, Selection
 
 
 def edit_tokens(

@@ -12,10 +12,10 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
-from peft_reft import positions as pos
 from peft_reft.components import COMPONENTS
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.registration import ensure_peft_type
+from peft_reft.tokens import positions as pos
 
 _COLLECTIONS = (
     "layers_to_transform",

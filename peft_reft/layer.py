@@ -19,10 +19,10 @@ from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS, Intervention, precise
 from peft_reft.modules import modules_around, named_modules
-from peft_reft.plan import EVERYTHING, Plan, RowSelection
-from peft_reft.positions import Positions
-from peft_reft.rows import RowEdit, Rows
 from peft_reft.sites import Site
+from peft_reft.tokens.passes import EVERYTHING, Plan, RowSelection
+from peft_reft.tokens.positions import Positions
+from peft_reft.tokens.requests import RowEdit, Rows
 from peft_reft.tracker import PromptTracker
 
 # What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.

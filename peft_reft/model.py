@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from peft_reft import merging
 from peft_reft.config import ReftConfig
-from peft_reft.generation import TrackedGenerate
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.modules import modules_around
-from peft_reft.plan import DECODER, ENCODER
 from peft_reft.quantized import allow_packing, forbid_packing
-from peft_reft.rows import Rows
 from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
 from peft_reft.steering import SteeringMixin
+from peft_reft.tokens.generation import TrackedGenerate
+from peft_reft.tokens.passes import DECODER, ENCODER
+from peft_reft.tokens.requests import Rows
 from peft_reft.tracker import Entry, PromptTracker
 
 

@@ -13,7 +13,7 @@ from peft_reft.components import OUTPUT, find_component, has_output
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
-from peft_reft.plan import DECODER, ENCODER
+from peft_reft.tokens.passes import DECODER, ENCODER
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_reft.plan import ENCODER, Plan, WholeSequence
-from peft_reft.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
-from peft_reft.rows import Rows
+from peft_reft.tokens.passes import ENCODER, Plan, WholeSequence
+from peft_reft.tokens.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
+from peft_reft.tokens.requests import Rows
 
 if TYPE_CHECKING:
-    from peft_reft.generation import Generation
+    from peft_reft.tokens.generation import Generation
 
 
 # Arguments of `forward` and `generate` that are for ReFT alone.

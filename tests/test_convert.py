@@ -22,7 +22,8 @@ from tiny import HIDDEN, ZOO, llama
 from transformers import LlamaForCausalLM, RobertaForSequenceClassification
 
 from peft_reft import ReftConfig
-from peft_reft.convert import convert, main
+from peft_reft.convert import convert
+from peft_reft.convert.__main__ import main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BASE = FIXTURES / "tiny-llama"

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 from peft_reft import ReftConfig
-from peft_reft.convert import convert, main
+from peft_reft.convert import convert
+from peft_reft.convert.__main__ import main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HUB = FIXTURES / "adapterhub"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import edited_tokens
 
-from peft_reft import positions as pos
-from peft_reft.runs import Runs, Segments
+from peft_reft.tokens import positions as pos
+from peft_reft.tokens.runs import Runs, Segments
 
 counts = st.integers(1, 6)
 firsts = counts.map("f{}".format)

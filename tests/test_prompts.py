@@ -280,7 +280,7 @@ def test_show_positions_agrees_with_the_pass_itself(tokenizer):
 
 
 def test_show_positions_in_color_and_in_html(tokenizer):
-    from peft_reft.show import _edits, _to_html, _to_text
+    from peft_reft.analysis.show import _edits, _to_html, _to_text
 
     edits = _edits(make_pair("l1").peft, [8, 9], 2)
     assert "hello\033[30;42mworld\033[0m" in _to_text(["hello", "world"], edits, colored=True)

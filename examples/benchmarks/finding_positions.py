@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from harness import Clock, Spread, finish, interleave, parser, start, table, time_often
 
-from peft_reft.generation import Generation
-from peft_reft.plan import Plan, Selection
-from peft_reft.positions import Positions, parse
-from peft_reft.prompts import Tokens, prompt_plan
+from peft_reft.tokens.generation import Generation
+from peft_reft.tokens.passes import Plan, Selection
+from peft_reft.tokens.positions import Positions, parse
+from peft_reft.tokens.prompts import Tokens, prompt_plan
 
 TRAINING, PACKED, GENERATION = "training, right-padded", "training, packed", "generate, left-padded"
 SPECS = ("f7+l7", "prompt", "completion", "all")

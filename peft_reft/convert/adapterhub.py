@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
+from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
 from peft_reft.sites import only_block_list
 
 CONFIG = "adapter_config.json"

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_reft.analysis.directions import evaluating
 from peft_reft.components import INPUT
-from peft_reft.directions import evaluating
 from peft_reft.layer import ReftLayer, first_tensor, layers
-from peft_reft.plan import DECODER
+from peft_reft.tokens.passes import DECODER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

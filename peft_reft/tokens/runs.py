@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from peft_reft.positions import IGNORE_INDEX, Positions
+from peft_reft.tokens.positions import IGNORE_INDEX, Positions
 
 PADDING, PROMPT, COMPLETION, BEFORE = range(4)
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_reft import positions as pos
-from peft_reft.positions import Positions
-from peft_reft.runs import Runs, Segments
+from peft_reft.tokens import positions as pos
+from peft_reft.tokens.positions import Positions
+from peft_reft.tokens.runs import Runs, Segments
 
 if TYPE_CHECKING:
-    from peft_reft.rows import RowPositions, Rows
+    from peft_reft.tokens.requests import RowPositions, Rows
 
 # Streams of tokens: an encoder-decoder model has both, any other model only the first.
 DECODER, ENCODER = "decoder", "encoder"

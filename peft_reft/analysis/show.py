@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_reft.layer import ReftLayer
-from peft_reft.plan import DECODER
-from peft_reft.positions import Positions
-from peft_reft.prompts import Tokens, encoder_plan, prompt_plan
+from peft_reft.tokens.passes import DECODER
+from peft_reft.tokens.positions import Positions
+from peft_reft.tokens.prompts import Tokens, encoder_plan, prompt_plan
 
 Messages = Sequence[dict[str, Any]]
 

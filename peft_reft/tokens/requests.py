@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft.modules import modules_around
-from peft_reft.positions import Positions
 from peft_reft.stacked import Member, Stacked, family, stack
+from peft_reft.tokens.positions import Positions
 
 if TYPE_CHECKING:
     from peft_reft.layer import ReftLayer

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_reft.plan import Plan, WholeSequence
-from peft_reft.positions import Positions
-from peft_reft.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
-from peft_reft.rows import Rows
-from peft_reft.runs import Runs
+from peft_reft.tokens.passes import Plan, WholeSequence
+from peft_reft.tokens.positions import Positions
+from peft_reft.tokens.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
+from peft_reft.tokens.requests import Rows
+from peft_reft.tokens.runs import Runs
 from peft_reft.tracker import ARGUMENTS, PromptTracker
 
 

@@ -8,7 +8,6 @@ Of the base model only the configuration is read, no weights.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -20,13 +19,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from peft_reft import from_adapterhub, from_pyreft
 from peft_reft.config import ReftConfig
-from peft_reft.foreign import Edit, ForeignAdapter, Place
+from peft_reft.convert import adapterhub, pyreft
+from peft_reft.convert.common import Edit, ForeignAdapter, Place
 from peft_reft.interventions import INTERVENTIONS, ROW_LENGTH, LowRankIntervention
 from peft_reft.layer import ReftLayer
-from peft_reft.positions import parse
 from peft_reft.sites import OUTPUT, find_sites
+from peft_reft.tokens.positions import parse
 
 ADAPTER = "default"
 AUTO_CLASSES = {
@@ -85,9 +84,9 @@ def convert(
     given = {"positions": positions, "share_weights": share_weights or None, "act_fn": act_fn, "dropout": dropout}
     if _is_adapterhub(source):
         _refuse_stored(source, given)
-        stored_name, stored_labels = from_adapterhub.base_model(source)
+        stored_name, stored_labels = adapterhub.base_model(source)
         model = _skeleton(base_model or stored_name, task_type, num_labels or stored_labels)
-        adapter = from_adapterhub.read(source, model, intervention)
+        adapter = adapterhub.read(source, model, intervention)
     else:
         if positions is None:
             raise ValueError(
@@ -96,7 +95,7 @@ def convert(
             )
         words = parse(positions, share_weights)
         model = _skeleton(base_model, task_type, num_labels)
-        adapter = from_pyreft.read(source, model, words, intervention, act_fn, dropout or 0.0)
+        adapter = pyreft.read(source, model, words, intervention, act_fn, dropout or 0.0)
     _build(_with_any_rows(adapter), model, task_type).save_pretrained(str(target))
     return target
 
@@ -110,21 +109,21 @@ def _is_adapterhub(source: Path) -> bool:
     """Whether the folder is of `adapters`, else it is of pyreft."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder.")
-    if from_adapterhub.is_adapterhub(source):
+    if adapterhub.is_adapterhub(source):
         return True
-    if from_pyreft.is_pyreft(source):
+    if pyreft.is_pyreft(source):
         return False
     found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{source} is no adapter of pyreft (which has files intkey_*.bin, perhaps in {from_pyreft.TRAINER_FOLDER}) nor "
-        f"of adapters (whose {from_adapterhub.CONFIG} has a 'model_class'); it has {found}."
+        f"{source} is no adapter of pyreft (which has files intkey_*.bin, perhaps in {pyreft.TRAINER_FOLDER}) nor "
+        f"of adapters (whose {adapterhub.CONFIG} has a 'model_class'); it has {found}."
     )
 
 
 def _refuse_stored(source: Path, given: dict[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} is not needed: {source / from_adapterhub.CONFIG} stores it.")
+            raise ValueError(f"{name}={value!r} is not needed: {source / adapterhub.CONFIG} stores it.")
 
 
 # The base model.
@@ -289,44 +288,3 @@ def _fill_trained_modules(model: PeftModel, weights: dict[str, torch.Tensor]) ->
                 "folder has no weights for it. Pass the model itself as base_model, with task_type=None."
             )
         wrapper.modules_to_save[ADAPTER].load_state_dict(own, assign=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m peft_reft.convert",
-        description="Convert a ReFT adapter of pyreft or of AdapterHub's adapters into a PEFT adapter with the same "
-        "outputs. Of the base model only the configuration is read.",
-    )
-    parser.add_argument("source", metavar="SRC", help="folder that pyreft or adapters saved")
-    parser.add_argument("target", metavar="DST", help="folder to write; must not exist or be empty")
-    parser.add_argument("--positions", help="tokens that pyreft edited, such as f7+l7 (adapters stores it)")
-    parser.add_argument(
-        "--share-weights", action="store_true", help="pyreft edited all positions with the same weights"
-    )
-    parser.add_argument("--base-model", help="name or folder of the base model")
-    parser.add_argument(
-        "--intervention", choices=sorted(_METHODS), help="the method, where the folder does not tell it"
-    )
-    parser.add_argument("--act-fn", help="activation that pyreft was given (adapters stores it)")
-    parser.add_argument("--dropout", type=float, help="dropout that pyreft was given (adapters stores it)")
-    parser.add_argument("--task-type", default="CAUSAL_LM", choices=sorted(AUTO_CLASSES), help="default: CAUSAL_LM")
-    parser.add_argument("--num-labels", type=int, help="labels of a classifier, if the base's configuration has others")
-    return parser
-
-
-_METHODS = tuple(name for name, method in INTERVENTIONS.items() if method.low_rank)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    try:
-        target = convert(options.pop("source"), options.pop("target"), **options)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{error}\n")
-    print(f"Saved {target}")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_reft.components import COMPONENTS
-from peft_reft.foreign import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
-from peft_reft.positions import Positions
+from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
 from peft_reft.sites import only_block_list
+from peft_reft.tokens.positions import Positions
 
 TRAINER_FOLDER = "intervenable_model"
 BASE_WEIGHTS = "pytorch_model.bin"

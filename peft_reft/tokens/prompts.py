@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from peft_reft import positions as pos
-from peft_reft.plan import Plan, WholeSequence, rows_of_batch
-from peft_reft.positions import Positions
-from peft_reft.runs import Runs, Segments
+from peft_reft.tokens import positions as pos
+from peft_reft.tokens.passes import Plan, WholeSequence, rows_of_batch
+from peft_reft.tokens.positions import Positions
+from peft_reft.tokens.runs import Runs, Segments
 
 CACHES = ("past_key_values", "cache_params", "state")
 

@@ -1,0 +1,1 @@
+"""What an adapter does to a text: which tokens it edits, how much, and along which directions."""

@@ -1,0 +1,1 @@
+"""Which tokens a pass edits: knows no adapter and no maths."""
