@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_reft.tokens.passes import Plan, WholeSequence
 from peft_reft.tokens.positions import Positions
-from peft_reft.tokens.prompts import CACHES, Tokens, assign, cache_length, checked_prompt_mask
+from peft_reft.tokens.prompts import Tokens, assign, cache_length, checked_prompt_mask, find_cache
 from peft_reft.tokens.requests import Rows
 from peft_reft.tokens.runs import Runs
 from peft_reft.tracker import ARGUMENTS, PromptTracker
@@ -184,7 +184,8 @@ class TrackedGenerate:
             result = generate(*args, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
         if isinstance(sequences, torch.Tensor):
-            cache = getattr(result, "past_key_values", None) or kwargs.get("past_key_values")
+            returned = {} if isinstance(result, torch.Tensor) else dict(result)
+            cache = find_cache(returned) or find_cache(kwargs)
             generation.remember(cache, sequences, sequences.shape[1] - (0 if ids is None else ids.shape[1]))
         return result
 
@@ -233,8 +234,7 @@ def _refuse_guidance(kwargs: Mapping[str, Any]) -> None:
 
 def _recall(kwargs: Mapping[str, Any], prompt: torch.Tensor, past: int, ids: torch.Tensor | None) -> torch.Tensor:
     """Take the tokens that earlier `generate` calls put out, according to the cache, from the prompt."""
-    cache = next(kwargs[name] for name in CACHES if kwargs.get(name) is not None)
-    turns: Turns | None = getattr(cache, Turns.ATTRIBUTE, None)
+    turns: Turns | None = getattr(find_cache(kwargs), Turns.ATTRIBUTE, None)
     if turns is None or prompt.shape[0] % turns.prompt.shape[0]:
         return prompt
     repeats = prompt.shape[0] // turns.prompt.shape[0]

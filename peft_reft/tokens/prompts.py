@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from peft_reft.tokens import positions as pos
 from peft_reft.tokens.passes import Plan, WholeSequence, rows_of_batch
 from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.runs import Runs, Segments
-
-CACHES = ("past_key_values", "cache_params", "state")
 
 _PROMPT_UNKNOWN = (
     "positions='{}' needs to know where the prompt ends, but this language model is trained without labels or "
@@ -75,7 +74,7 @@ class Tokens:
         labels = call.get("labels")
         if own.get("input_ids") is None and own.get("inputs_embeds") is None:
             own["input_ids"] = labels if _has_axes(labels, 2) else call.get("input_ids")
-        return cls.of(own | {name: call.get(name) for name in CACHES})
+        return cls.of(own | {"cache": find_cache(call)})
 
     @property
     def past_on_host(self) -> int:
@@ -94,24 +93,33 @@ def _has_axes(value: Any, axes: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == axes
 
 
+def find_cache(call: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, None if there is none.
+
+    Known by what it is, since releases of Transformers rename the argument. Only recurrent states without a method of
+    their own are known by the names that Transformers has for them.
+    """
+    values = [value for value in call.values() if hasattr(value, "get_seq_length")]
+    values += [call[name] for name in ALL_CACHE_NAMES if call.get(name) is not None]
+    return values[0] if values else None
+
+
 def cache_length(call: Mapping[str, Any]) -> int | torch.Tensor | None:
     """See `Tokens.past`."""
-    for name in CACHES:
-        cache = call.get(name)
-        if cache is None:
-            continue
-        try:
-            length = cache.get_seq_length()
-        except (AttributeError, ValueError):  # recurrent states
-            return None
-        # The cache counts on in place during the pass.
-        return length.clone() if isinstance(length, torch.Tensor) else length
-    return 0
+    cache = find_cache(call)
+    if cache is None:
+        return 0
+    try:
+        length = cache.get_seq_length()
+    except (AttributeError, ValueError):  # recurrent states
+        return None
+    # The cache counts on in place during the pass.
+    return length.clone() if isinstance(length, torch.Tensor) else length
 
 
 def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
     # By the rule of Transformers' own masks: without an attention mask and a cache, position ids that do not go on.
-    if call.get("attention_mask") is not None or any(call.get(name) is not None for name in CACHES):
+    if call.get("attention_mask") is not None or find_cache(call) is not None:
         return None
     position_ids = call.get("position_ids")
     if _has_axes(position_ids, 3) and position_ids.shape[0] == 4:  # text positions, then the three of M-RoPE
