@@ -7,6 +7,7 @@ built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
 from peft_reft.analysis.directions import directions_from_pairs
 from peft_reft.analysis.norms import EditNorms, edit_norms
 from peft_reft.analysis.show import show_positions
+from peft_reft.attach import prompt_mask_of
 from peft_reft.config import ReftConfig
 from peft_reft.layer import ReftLayer
 from peft_reft.model import ReftModel
@@ -22,5 +23,6 @@ __all__ = [
     "ReftModel",
     "directions_from_pairs",
     "edit_norms",
+    "prompt_mask_of",
     "show_positions",
 ]

@@ -13,6 +13,8 @@ from peft_reft.modules import named_base_modules
 
 # What of a module is edited.
 OUTPUT, INPUT = "output", "input"
+# Streams of tokens: an encoder-decoder model has both, any other model only the first.
+DECODER, ENCODER = "decoder", "encoder"
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
 

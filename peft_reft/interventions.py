@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from peft_reft.autograd import Link, add_low_rank, no_autocast
+from peft_reft.autograd import Elementwise, add_low_rank, no_autocast
 
 # Of rows to be orthonormalized only the directions count, but the shorter they are the further a step of an optimizer
 # turns them: at this length as far as in pyreft, for which the paper's learning rates were chosen.
@@ -80,6 +80,25 @@ def random_orthonormal_rows(units: int, rank: int, features: int) -> torch.Tenso
     return orthonormal_rows(torch.randn(units, rank, features, dtype=torch.float64)).float()
 
 
+class Scope(NamedTuple):
+    """What of each representation is edited, and how much.
+
+    Attributes:
+        gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit edits
+            all.
+        coordinates: broadcastable to `[..., r]`, 1 for the coordinates of the subspace that are edited and 0 for the
+            others. None: all.
+        strength: factor of the edit.
+    """
+
+    gate: torch.Tensor | None = None
+    coordinates: torch.Tensor | None = None
+    strength: float = 1.0
+
+
+EVERYTHING = Scope()
+
+
 class Intervention(nn.Module):
     """A learned edit of hidden representations. A method is a subclass with parameters, `reset_parameters` and `edit`.
 
@@ -95,6 +114,7 @@ class Intervention(nn.Module):
     Attributes:
         low_rank: whether the edit lies in a subspace of dimension `r`, rather than in all of the representation.
         takes_act_fn: whether the method has a learned projection that an activation can follow.
+        affine: whether the edit is an affine map of the hidden representation (outside of training).
     """
 
     low_rank: ClassVar[bool]
@@ -113,6 +133,7 @@ class Intervention(nn.Module):
         self.units = units
         self.act_name = None if act_fn == "linear" else act_fn
         self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
+        self.affine = self.act_fn is None
         # Only where it does something: it is one more module of each adapter to go through.
         self.dropout = nn.Dropout(dropout) if dropout else None
         self._create_parameters(features, rank, units)
@@ -128,76 +149,59 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     def edit(
-        self,
-        hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        session: object = None,
+        self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
-        """The edit before dropout and strength; for the arguments see `forward`."""
+        """The edit before dropout and strength, `[..., d]` in the dtype of `hidden`; arguments as of `forward`."""
         raise NotImplementedError
 
-    @property
-    def affine(self) -> bool:
-        """Whether the edit is an affine map of the hidden representation (outside of training)."""
-        return self.act_fn is None
-
     def forward(
-        self,
-        hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        strength: float = 1.0,
-        session: object = None,
-        add: bool = False,
-        keep_output: bool = False,
+        self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
-        """The edit, or the representations with the edit added.
+        """The edit, to be added to the representations.
 
         Args:
-            hidden: `[..., d]`, any floating point dtype; the edit is computed in `precise(hidden.dtype)`.
-            gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit
-                edits all.
-            coordinates: broadcastable to `[..., r]`, 1 for the coordinates of the subspace that are edited and 0 for
-                the others. None: all.
-            strength: factor of the edit.
-            session: something that lasts while the parameters do not change, such as one `generate` call.
-            add: whether to add the edit to `hidden`.
-            keep_output: whether what comes next keeps the sum for its own backward pass, so that keeping it costs
-                nothing.
+            hidden: `[..., d]`, any floating point dtype; the edit is computed in `compute_dtype(hidden.dtype)`.
+            scope: what of it is edited, and how much.
+            kept: where products of the parameters are kept; for as long as these do not change, such as one `generate`
+                call.
 
         Returns:
             `[..., d]`, dtype of `hidden`.
         """
-        if add:
-            return self._sum(hidden, gate, coordinates, strength, session, keep_output)
-        precisely = hidden.to(precise(hidden.dtype))
-        edit = self.edit(precisely, gate, coordinates, session)
-        if strength != 1.0:
-            edit = strength * edit
-        if self._drops and strength != 0:
-            edit = self.dropout(precisely + edit) - precisely
-            if gate is not None:
-                edit = edit * gate.sum(-1, keepdim=True)
+        precise = hidden.to(compute_dtype(hidden.dtype))
+        edit = self.edit(precise, scope, kept)
+        if scope.strength != 1.0:
+            edit = scope.strength * edit
+        if self._drops(scope):
+            edit = self.dropout(precise + edit) - precise
+            if scope.gate is not None:
+                edit = edit * scope.gate.sum(-1, keepdim=True)
         return edit.to(hidden.dtype)
 
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.dropout is not None and self.dropout.p > 0
-
-    def _sum(
+    def apply_to(
         self,
         hidden: torch.Tensor,
-        gate: torch.Tensor | None,
-        coordinates: torch.Tensor | None,
-        strength: float,
-        session: object,
-        keep_output: bool,
+        scope: Scope = EVERYTHING,
+        kept: dict[tuple, Any] | None = None,
+        keep_output: bool = False,
     ) -> torch.Tensor:
-        return hidden + self.forward(hidden, gate, coordinates, strength, session)
+        """The representations with the edit added.
+
+        Args:
+            hidden, scope, kept: see `forward`.
+            keep_output: whether what comes next keeps the result for its own backward pass, so that keeping it here
+                costs nothing. Where that is not so, the result is the same but takes memory.
+
+        Returns:
+            `[..., d]`, dtype of `hidden`.
+        """
+        return hidden + self(hidden, scope, kept)
+
+    def _drops(self, scope: Scope) -> bool:
+        return self.training and self.dropout is not None and self.dropout.p > 0 and scope.strength != 0
 
 
-def precise(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that edits of representations in `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -215,7 +219,7 @@ class Factors(NamedTuple):
     removed: torch.Tensor | None
 
 
-class Products(NamedTuple):
+class _Products(NamedTuple):
     """Factors with all units side by side, and with `removed`, if there is one, below `right`.
 
     `left` is `[u * r, d]`, `right` `[u * r, d]` or `[2 * u * r, d]` or None, `shift` `[u * r]` or `[2 * u * r]`.
@@ -226,7 +230,7 @@ class Products(NamedTuple):
     shift: torch.Tensor
 
     @classmethod
-    def of(cls, factors: Factors) -> Products:
+    def of(cls, factors: Factors) -> _Products:
         left, shift = factors.left.flatten(0, 1), factors.bias.flatten()
         right = None if factors.right is None else factors.right.flatten(0, 1)
         if factors.removed is not None:
@@ -260,7 +264,6 @@ class LowRankIntervention(Intervention):
         if self.learned:
             self.weight = nn.Parameter(torch.empty(units, rank, features))
         self.bias = nn.Parameter(torch.empty(units, rank))
-        self._cache: tuple[Any, Products] | None = None
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         units, rank, features = self.projection.shape
@@ -320,59 +323,52 @@ class LowRankIntervention(Intervention):
             parameters["projection"] = torch.where(used, projection, projection.detach())
         return self.factors_of(parameters, self.affine)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}
-
     def edit(
-        self,
-        hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        session: object = None,
+        self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
-        left, right, shift = self.products(hidden.dtype, coordinates, session)
+        left, right, shift = self._products(hidden.dtype, scope.coordinates, kept)
         target = shift if right is None else hidden @ right.mT + shift
-        link = self._link(gate, coordinates)
-        if link is not None:
-            target = link(target)
+        elementwise = self._elementwise(scope._replace(strength=1.0))
+        if elementwise is not None:
+            target = elementwise(target)
         # Without a product so far there is one row for all.
         return target.expand(*hidden.shape[:-1], -1) @ left
 
-    def _sum(
+    def apply_to(
         self,
         hidden: torch.Tensor,
-        gate: torch.Tensor | None,
-        coordinates: torch.Tensor | None,
-        strength: float,
-        session: object,
-        keep_output: bool,
+        scope: Scope = EVERYTHING,
+        kept: dict[tuple, Any] | None = None,
+        keep_output: bool = False,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() or (self._drops and strength != 0):
-            return super()._sum(hidden, gate, coordinates, strength, session, keep_output)
-        left, right, shift = self.products(precise(hidden.dtype), coordinates, session)
-        return add_low_rank(hidden, left, right, shift, self._link(gate, coordinates, strength), keep_output)
+        # Accelerate loads offloaded parameters when a module is called.
+        if torch.compiler.is_compiling() or self._drops(scope) or hasattr(self, "_hf_hook"):
+            return super().apply_to(hidden, scope, kept, keep_output)
+        left, right, shift = self._products(compute_dtype(hidden.dtype), scope.coordinates, kept)
+        return add_low_rank(hidden, left, right, shift, self._elementwise(scope), keep_output)
 
-    def products(
-        self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None, session: object = None
-    ) -> Products:
-        """The factors as they multiply representations; computed once for each `session` where no gradients are asked.
+    def _products(
+        self, dtype: torch.dtype, coordinates: torch.Tensor | None, kept: dict[tuple, Any] | None
+    ) -> _Products:
+        """The factors as they multiply representations; computed once for `kept` where no gradients are asked.
 
-        Without a session every time: optimizers and callbacks write to parameters in ways that nothing keeps count of.
+        Without it every time: optimizers and callbacks write to parameters in ways that nothing keeps count of.
         """
-        if session is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return Products.of(self.factors(dtype, coordinates))
-        key, cached = (session, dtype, self.projection.device), self._cache
-        if cached is None or cached[0] != key:
-            cached = self._cache = (key, Products.of(self.factors(dtype)))
-        return cached[1]
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _Products.of(self.factors(dtype, coordinates))
+        key = (self, dtype, self.projection.device)
+        if key not in kept:
+            kept[key] = _Products.of(self.factors(dtype))
+        return kept[key]
 
-    def _link(self, gate: torch.Tensor | None, coordinates: torch.Tensor | None, strength: float = 1.0) -> Link | None:
+    def _elementwise(self, scope: Scope) -> Elementwise | None:
         """What happens between the two products, None for nothing."""
+        gate, coordinates, strength = scope
         if self.act_fn is None and gate is None and coordinates is None and strength == 1.0:
             return None
         units, rank, _ = self.projection.shape
 
-        def link(target: torch.Tensor) -> torch.Tensor:
+        def apply(target: torch.Tensor) -> torch.Tensor:
             if self.act_fn is not None:
                 size = units * rank
                 target = self.act_fn(target[..., :size]) - target[..., size:] if self.replaces else self.act_fn(target)
@@ -382,7 +378,7 @@ class LowRankIntervention(Intervention):
                 target = target * coordinates.repeat(*(1,) * (coordinates.dim() - 1), units)
             return target if strength == 1.0 else strength * target
 
-        return link
+        return apply
 
 
 class LoreftIntervention(LowRankIntervention):
@@ -451,16 +447,12 @@ class RedIntervention(Intervention):
             nn.init.normal_(self.bias)
 
     def edit(
-        self,
-        hidden: torch.Tensor,
-        gate: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        session: object = None,
+        self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
         factor, shift = self.scale.to(hidden.dtype) - 1, self.bias.to(hidden.dtype)
-        if gate is None:
+        if scope.gate is None:
             return factor[0] * hidden + shift[0]
-        return (gate @ factor) * hidden + gate @ shift
+        return (scope.gate @ factor) * hidden + scope.gate @ shift
 
 
 INTERVENTIONS: dict[str, type[Intervention]] = {

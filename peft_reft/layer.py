@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -14,16 +14,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft import merging
-from peft_reft.apply import edit_rows, edit_tokens, shaped
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
-from peft_reft.interventions import INTERVENTIONS, Intervention, precise
+from peft_reft.edits import Edit, RowEdits, edits_of_rows, view_without_aliasing
+from peft_reft.interventions import INTERVENTIONS, Intervention
 from peft_reft.modules import modules_around, named_modules
 from peft_reft.sites import Site
-from peft_reft.tokens.passes import EVERYTHING, Plan, RowSelection
+from peft_reft.tokens.passes import Pass
 from peft_reft.tokens.positions import Positions
-from peft_reft.tokens.requests import RowEdit, Rows
-from peft_reft.tracker import PromptTracker
+from peft_reft.tokens.prompts import stream_of_module
+from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
+from peft_reft.tracker import Tracker
 
 # What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.
 CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
@@ -55,16 +56,6 @@ class AdapterSettings:
         return mask
 
 
-class Action(NamedTuple):
-    """What an adapter does in one pass; see `AdapterSettings`."""
-
-    adapter: str
-    intervention: Intervention
-    positions: Positions
-    strength: float
-    coordinates: torch.Tensor | None
-
-
 class ReftLayer(nn.Module, BaseTunerLayer):
     """Holds the interventions of all adapters at one site, and applies the active ones in the order they were given.
 
@@ -74,13 +65,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     Args:
         site: the module whose output or input is edited.
-        tracker: knows which tokens of the current pass are prompt.
+        tracker: knows the pass that is going on.
     """
 
     adapter_layer_names = ("reft_intervention",)
     other_param_names = ("reft_settings",)
 
-    def __init__(self, site: Site, tracker: PromptTracker) -> None:
+    def __init__(self, site: Site, tracker: Tracker) -> None:
         super().__init__()
         self.in_features = self.out_features = site.features
         self.site_name = site.name
@@ -93,14 +84,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
+        # The block itself is not registered inside its child.
+        self._host = (site.module,)
+        self._is_block = site.is_block
         self._handle: RemovableHandle | None = None
-        self._reach: float = 0
+        self._last_edited_offset: float = 0
         self._unmerged: merging.Original | None = None
-        self._merged_edits: dict[str, merging.Edit] = {}
+        self._merged_edits: dict[str, Edit] = {}
 
     @property
     def weight(self) -> torch.Tensor:
-        # The properties of the base class would look for a base layer in vain, without end.
+        # The base class would recurse forever looking for a base layer.
         raise AttributeError(f"{type(self).__name__} wraps no module, so it has no 'weight'")
 
     @property
@@ -108,7 +102,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         raise AttributeError(f"{type(self).__name__} wraps no module, so it has no 'bias'")
 
     @classmethod
-    def attach(cls, site: Site, tracker: PromptTracker) -> ReftLayer:
+    def attach(cls, site: Site, tracker: Tracker) -> ReftLayer:
         """The layer of a site; mutates the site's module when there is none yet. `detach` undoes it."""
         layer = cls.at(site)
         if layer is None:
@@ -119,7 +113,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 layer._handle = site.module.register_forward_pre_hook(layer.edit_input, with_kwargs=True)
             else:
                 # Before other hooks: Transformers records hidden states in one, which are to be the edited ones.
-                layer._handle = site.module.register_forward_hook(layer.edit_output, prepend=True)
+                hook = site.module.register_forward_hook
+                layer._handle = hook(layer.edit_output, prepend=True, with_kwargs=True)
         return layer
 
     @classmethod
@@ -144,17 +139,22 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         children = (module._modules.get(name) for name in CHILD_NAMES.values())
         return [child for child in children if isinstance(child, ReftLayer)]
 
-    def detach(self, module: nn.Module) -> None:
+    @property
+    def host(self) -> nn.Module:
+        """The module that the layer is attached to, and whose output or input it edits."""
+        return self._host[0]
+
+    def detach(self) -> None:
         """Take the layer and its hook from the module that it was attached to."""
-        del module._modules[CHILD_NAMES[self.side]]
+        del self.host._modules[CHILD_NAMES[self.side]]
         self._handle.remove()
 
     def is_in(self, block: int) -> bool:
         """Whether the layer is at, or in, the block of this number; negative numbers count from the end."""
         return self.index is not None and self.index in (block, block + self.depth)
 
-    def update_layer(self, adapter_name: str, config: ReftConfig, module: nn.Module) -> None:
-        """Add an adapter, on the device of `module`, in float32."""
+    def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
+        """Add an adapter, on the device of the edited module, in float32."""
         positions = config.parsed_positions
         self.reft_settings[adapter_name] = AdapterSettings(
             positions, subspaces=config.coordinates, freeze_subspace=config.freeze_subspace
@@ -168,10 +168,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             init_weights=config.init_weights,
         )
         if not any(parameter.is_meta for parameter in intervention.parameters()):
-            intervention.to(_device(module))
+            intervention.to(_device(self.host))
         intervention.train(self.training)
         self.reft_intervention[adapter_name] = intervention
-        self._reach = max(self._reach, _reach(positions))
+        self._last_edited_offset = max(self._last_edited_offset, _last_edited_offset(positions))
         self._train(intervention, adapter_name in self.active_adapters)
         self._freeze_subspaces()
 
@@ -216,51 +216,59 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
-        self._reach = max((_reach(settings.positions) for settings in self.reft_settings.values()), default=0)
+        offsets = (_last_edited_offset(settings.positions) for settings in self.reft_settings.values())
+        self._last_edited_offset = max(offsets, default=0)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing. PEFT calls it to merge adapters of another method on the same model; see `merge_into`."""
-
-    def unmerge(self) -> None:
-        """Nothing, as `merge`."""
-
-    def why_not_merge(self, module: nn.Module, adapter_name: str) -> str | None:
+    def why_not_merge(self, adapter_name: str) -> str | None:
         """What keeps an adapter from being merged into the edited module, None if nothing does."""
         positions, intervention = self.reft_settings[adapter_name].positions, self.reft_intervention[adapter_name]
-        return merging.obstacle(module, str(positions), intervention, self.side == OUTPUT)
+        return merging.obstacle(self.host, str(positions), intervention, self.side == OUTPUT)
 
-    def merge_into(self, module: nn.Module, adapter_names: list[str] | None, safe: bool) -> None:
-        """Merge adapters into the edited module, which `why_not_merge` has nothing against."""
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters, by default the active ones, into the weights of the edited module.
+
+        Raises:
+            ValueError: an adapter that is named cannot be merged exactly. Of the active ones those that cannot stay as
+                they are, and edit as before: PEFT calls this for all layers to merge another method's adapters.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.reft_intervention]
+        obstacles = {name: why for name in names if (why := self.why_not_merge(name)) is not None}
+        if obstacles and adapter_names is not None:
+            name, why = next(iter(obstacles.items()))
+            raise ValueError(f"The ReFT adapter {name!r} cannot be merged exactly: at {self.site_name!r} {why}.")
+        for name, why in obstacles.items():
+            warnings.warn(f"The ReFT adapter {name!r} is not merged but edits as before: {why}.", stacklevel=2)
+        names = [name for name in names if name not in obstacles]
         if not names:
             return
-        original = self._unmerged or merging.Original(module)
+        original = self._unmerged or merging.Original(self.host)
         # Those of adapters that are merged already stay as they were at that time.
-        edits = self._merged_edits | {name: self.affine_edit(name) for name in names}
-        merging.merge(module, original, list(edits.values()), safe, self.site_name)
+        edits = self._merged_edits | {name: self.edit_of(name) for name in names}
+        merging.merge(self.host, original, list(edits.values()), safe_merge, self.site_name)
         self._unmerged, self._merged_edits, self.merged_adapters = original, edits, list(edits)
 
-    def affine_edit(self, adapter_name: str) -> merging.Edit:
-        """An adapter's edit as a function of hidden representations, without positions."""
-        settings = self.reft_settings[adapter_name]
-        return merging.Edit(self.reft_intervention[adapter_name], settings.strength, settings.coordinates)
+    def unmerge(self) -> None:
+        """Give the edited module back the weights that it had before anything was merged, bit for bit."""
+        if self._unmerged is not None:
+            self._unmerged.restore(self.host)
+        self._unmerged, self._merged_edits, self.merged_adapters = None, {}, []
 
-    def lacks_bias(self, module: nn.Module, adapter_names: list[str] | None) -> bool:
+    def edit_of(self, adapter_name: str) -> Edit:
+        """What an adapter does here, with its settings of now."""
+        settings = self.reft_settings[adapter_name]
+        intervention = self.reft_intervention[adapter_name]
+        return Edit(intervention, settings.strength, settings.coordinates, settings.positions)
+
+    def lacks_bias(self, adapter_names: list[str] | None) -> bool:
         """Whether the edited module had no bias, and has or gets one with these adapters merged into it."""
-        original = module if self._unmerged is None else self._unmerged
+        original = self.host if self._unmerged is None else self._unmerged
         names = [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
         return original.bias is None and any(name in self.reft_intervention and self._shifts(name) for name in names)
 
     def _shifts(self, adapter_name: str) -> bool:
         """Whether an affine edit moves a representation of zeros, so that a layer needs a bias to do the same."""
         zeros = next(self.reft_intervention[adapter_name].parameters()).new_zeros(1, self.out_features)
-        return bool(self.affine_edit(adapter_name)(zeros).any())
-
-    def unmerge_from(self, module: nn.Module) -> None:
-        """Give the edited module back the weights that it had before anything was merged, bit for bit."""
-        if self._unmerged is not None:
-            self._unmerged.restore(module)
-        self._unmerged, self._merged_edits, self.merged_adapters = None, {}, []
+        return bool(self.edit_of(adapter_name).function(zeros).any())
 
     def forget_original(self) -> None:
         """Make what is merged so for good."""
@@ -270,136 +278,166 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """What it is given: an edited `nn.Sequential` runs through all of its children."""
         return hidden
 
-    def edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def edit_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the module's output with its hidden representations edited, None to leave it as it is."""
-        plan = self.tracker.plan(self.stream)
-        if plan.behind >= self._reach or self._is_idle(plan):
+        pass_ = self._pass(args, kwargs)
+        if self._is_idle(pass_):
             return None
         hidden = _hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
-        # The first thing that the next block does is to normalize it, unless another hook changes it.
-        keep_output = self.is_block and len(module._forward_hooks) == 1
-        edited = self._edit(plan, hidden, f"{self.site_name} returned", keep_output)
+        edited = self._edited(pass_, hidden, f"{self.site_name} returned")
         return None if edited is hidden else _with_hidden(output, edited)
 
     def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook: the module's arguments with the hidden representations edited, None to leave them."""
-        plan = self.tracker.plan(self.stream)
-        if plan.behind >= self._reach or self._is_idle(plan):
+        pass_ = self._pass(args, kwargs)
+        if self._is_idle(pass_):
             return None
         named = {} if args else {"hidden_states": kwargs.get("hidden_states")}
         given = _hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
         # Where accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
-        keep_output = self.is_block and len(module._forward_pre_hooks) == 1
-        edited = self._edit(plan, hidden, f"{self.site_name} was given", keep_output)
+        edited = self._edited(pass_, hidden, f"{self.site_name} was given")
         if edited is hidden:
             return None
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
 
-    def _is_idle(self, plan: Plan) -> bool:
-        if plan.rows is not None and self.merged_adapters:
-            raise ValueError(
-                f"Cannot pass `{plan.rows.argument}` when there are merged adapters, please call `unmerge_adapter` "
-                "first."
-            )
-        if plan.rows is None or plan.rows.adapters is None:
-            return len(self._actions(plan)) == 0
-        return self._disable_adapters or not any(name in self.reft_intervention for name in plan.rows.adapters)
+    def _pass(self, args: tuple, kwargs: dict[str, Any]) -> Pass:
+        """The pass that is going on, or one of the module alone."""
+        pass_ = self.tracker.current(self)
+        if pass_ is None or self.stream not in pass_.streams:
+            in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            return Pass({self.stream: stream_of_module(args, kwargs)}, self.tracker.own.requests, in_graph)
+        return pass_
 
-    def _actions(self, plan: Plan) -> tuple[Action, ...]:
-        """What adapters do here, where rows do not choose their own: in all of a pass what was set at first.
+    def _is_idle(self, pass_: Pass) -> bool:
+        if pass_.requests is not None and self.merged_adapters:
+            raise ValueError(
+                f"Cannot pass `{pass_.requests.argument}` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+        if pass_.streams[self.stream].tokens_after_prompt >= self._last_edited_offset:
+            return True
+        if _by_row(pass_):
+            return self._disable_adapters or not any(name in self.reft_intervention for name in pass_.requests.adapters)
+        return len(self._edits_alike(pass_)) == 0
+
+    def _edits_alike(self, pass_: Pass) -> dict[str, Edit]:
+        """The edits of a pass whose rows do not choose their own: in all of it what was set at first.
 
         So a checkpointed module does the same once more in the backward pass, whatever was set in between.
         """
-        if torch.compiler.is_compiling():
-            return self._current_actions()
-        if self not in plan.actions:
-            plan.actions[self] = self._current_actions()
-        return plan.actions[self]
+        if pass_.in_graph:
+            return self.current_edits()
+        if self not in pass_.edits:
+            pass_.edits[self] = self.current_edits()
+        return pass_.edits[self]
 
-    def _current_actions(self) -> tuple[Action, ...]:
-        actions = []
+    def current_edits(self) -> dict[str, Edit]:
+        """Name of each adapter that edits here by the settings of now -> its edit."""
+        edits = {}
         for name in () if self._disable_adapters else self.active_adapters:
-            if name in self.reft_intervention and name not in self.merged_adapters:
-                settings = self.reft_settings[name]
-                # In training the parameters get their gradients, which are zero.
-                if settings.strength != 0 or self.training:
-                    intervention = self.reft_intervention[name]
-                    actions.append(
-                        Action(name, intervention, settings.positions, settings.strength, settings.coordinates)
-                    )
-        return tuple(actions)
+            if name not in self.reft_intervention or name in self.merged_adapters:
+                continue
+            # In training the parameters get their gradients, which are zero.
+            if self.reft_settings[name].strength != 0 or self.training:
+                edits[name] = self.edit_of(name)
+        return edits
 
-    def _edit(self, whole_plan: Plan, hidden: torch.Tensor, name: str, keep_output: bool) -> torch.Tensor:
+    def _edited(self, pass_: Pass, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """`hidden` itself where nothing is edited."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
                 f"{name} {tuple(hidden.shape)}, but its adapters were built for "
                 f"{self.out_features} features. Give the module the right out_features, or target another one."
             )
-        plan, grid = whole_plan, hidden
-        if hidden.dim() == 2 and plan.shape is not None and len(hidden) == plan.shape[0] * plan.shape[1]:
+        stream, grid = pass_.streams[self.stream], hidden
+        if hidden.dim() == 2 and len(hidden) == stream.shape[0] * stream.shape[1]:
             # Some models put all tokens on one axis for a while.
-            grid = hidden.unflatten(0, plan.shape)
-        plan = plan.of(grid)
-        if plan.rows is not None and plan.rows.adapters is not None:
-            edited = self._edit_by_row(plan, grid, name)
-        else:
-            edited = self._edit_alike(plan, grid, name, self._actions(whole_plan), keep_output)
-        return hidden if edited is grid else shaped(edited, hidden.shape)
+            grid = hidden.unflatten(0, stream.shape)
+        edited = grid
+        for edit in self._edits(pass_, len(grid)):
+            where = self._where(edit, pass_, edited, name)
+            if where is not None:
+                edited = edit.add_to(edited, where, pass_.products, self._is_kept)
+        if edited is grid:
+            return hidden
+        return edited if edited.shape == hidden.shape else view_without_aliasing(edited, hidden.shape)
 
-    def _edit_alike(
-        self, plan: Plan, hidden: torch.Tensor, name: str, actions: tuple[Action, ...], keep_output: bool
-    ) -> torch.Tensor:
-        for action in actions:
-            # [rows, features]: without a token axis every row counts.
-            selection = EVERYTHING if hidden.dim() == 2 else plan.selection(action.positions, hidden, name)
-            if selection is None:
-                continue
-            hidden = edit_tokens(
-                action.intervention,
-                selection,
-                hidden,
-                self._coordinates(action, plan.rows, hidden),
-                strength=action.strength,
-                session=self.tracker.generation,
-                keep_output=keep_output,
-            )
-        return hidden
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the result is kept for a backward pass anyway, as it is.
 
-    def _coordinates(self, action: Action, rows: Rows | None, hidden: torch.Tensor) -> torch.Tensor | None:
-        by_row = None if rows is None else rows.coordinates(self, action.adapter, len(hidden))
-        coordinates = action.coordinates if by_row is None else by_row
-        return None if coordinates is None else coordinates.to(hidden.device, precise(hidden.dtype))
+        The first thing that the next block does is to normalize what this one puts out, and to keep it for that. But a
+        hook behind this one may change it in place.
+        """
+        hooks = self.host._forward_pre_hooks if self.side == INPUT else self.host._forward_hooks
+        return self._is_block and len(hooks) == 1
 
-    def _edit_by_row(self, plan: Plan, hidden: torch.Tensor, name: str) -> torch.Tensor:
-        for edits in plan.rows.edits(self, len(hidden)):
-            selection = self._selection_by_row(plan, edits, hidden, name)
-            if selection is not None:
-                grid = hidden.unsqueeze(1) if hidden.dim() == 2 else hidden
-                hidden = shaped(edit_rows(edits.stacked(precise(hidden.dtype)), selection, grid), hidden.shape)
-        return hidden
+    def _edits(self, pass_: Pass, batch: int) -> list[Edit] | list[RowEdits]:
+        if _by_row(pass_):
+            key = (self, batch)
+            if key not in pass_.requests.kept:
+                pass_.requests.kept[key] = self._edits_by_row(pass_, batch)
+            return pass_.requests.kept[key]
+        edits = self._edits_alike(pass_)
+        if pass_.requests is None:
+            return list(edits.values())
+        subspaces = [names for _, names in pass_.requests.of_rows(batch)]
+        return [self._edit_of_rows(name, edit, subspaces) for name, edit in edits.items()]
 
-    @staticmethod
-    def _selection_by_row(plan: Plan, edits: RowEdit, hidden: torch.Tensor, name: str) -> RowSelection | None:
+    def _edit_of_rows(self, name: str, edit: Edit, subspaces: list[tuple[str, ...]]) -> Edit:
+        """An edit of which each row has some subspaces."""
+        settings = self.reft_settings[name]
+        if not settings.subspaces:
+            return edit
+        return replace(edit, coordinates=torch.stack([settings.mask(names) for names in subspaces]))
+
+    def _edits_by_row(self, pass_: Pass, batch: int) -> list[RowEdits]:
+        rows = pass_.requests.of_rows(batch)
+        edits = {}
+        for name, subspaces in dict.fromkeys(rows):
+            settings = self.reft_settings.get(name)
+            if settings is not None and settings.strength != 0:
+                edits[name, subspaces] = self._member(name, subspaces)
+        return edits_of_rows(edits, rows, pass_.requests)
+
+    def _member(self, name: str, subspaces: tuple[str, ...] | None) -> Edit:
+        edit, settings = self.edit_of(name), self.reft_settings[name]
+        if subspaces is None or not settings.subspaces:
+            return edit
+        return replace(edit, coordinates=settings.mask(subspaces))
+
+    def _where(
+        self, edit: Edit | RowEdits, pass_: Pass, hidden: torch.Tensor, name: str
+    ) -> Selection | RowSelection | None:
+        stream = pass_.streams[self.stream]
+        if isinstance(edit, RowEdits):
+            if hidden.dim() == 2:  # [rows, features]: without a token axis every row counts
+                return RowSelection(torch.ones(len(hidden), 1, dtype=torch.int8, device=hidden.device))
+            return stream.select_by_row(edit.positions, hidden, name, pass_.in_graph)
         if hidden.dim() == 2:
-            return RowSelection(torch.ones(len(hidden), 1, dtype=torch.int8, device=hidden.device))
-        return plan.selection_by_row(edits.positions, hidden, name)
+            return EVERY_TOKEN
+        select = stream.select_in_graph if pass_.in_graph else stream.select
+        return select(edit.positions, hidden, name)
 
     def __repr__(self) -> str:
         adapters = ", ".join(f"{name}: {settings.positions}" for name, settings in self.reft_settings.items())
         return f"{type(self).__name__}({self.out_features}, {adapters})"
 
 
-def layers(model: nn.Module) -> Iterator[tuple[nn.Module, ReftLayer]]:
-    """Every edited module of a model with its layer (or layers)."""
+def layers(model: nn.Module) -> Iterator[ReftLayer]:
+    """The layers of a model."""
     for _, module in named_modules(model):
-        for layer in ReftLayer.of(module):
-            yield module, layer
+        yield from ReftLayer.of(module)
 
 
-def _reach(positions: Positions) -> float:
-    """How many tokens behind the prompt are edited at most; decoding steps behind those have nothing to do."""
+def _by_row(pass_: Pass) -> bool:
+    """Whether each row of a pass names its adapter."""
+    return pass_.requests is not None and pass_.requests.adapters is not None
+
+
+def _last_edited_offset(positions: Positions) -> float:
+    """How many tokens after the prompt are edited at most; decoding steps after those have nothing to do."""
     return math.inf if positions.tail else positions.counted
 
 

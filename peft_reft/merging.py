@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -17,23 +16,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_reft.edits import Edit
 from peft_reft.interventions import Intervention
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass
-class Edit:
-    """An affine edit: an intervention, its strength, and the coordinates that it edits (see `Intervention.forward`)."""
-
-    intervention: Intervention
-    strength: float = 1.0
-    coordinates: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        coordinates = None if self.coordinates is None else self.coordinates.to(hidden)
-        return self.strength * self.intervention.edit(hidden, None, coordinates)
 
 
 class Original:
@@ -151,8 +137,8 @@ def _merged(linear: nn.Module, original: Original, edits: Sequence[Edit]) -> tup
     zero = columns.new_zeros(1, columns.shape[1])
     bias = zero if original.bias is None else original.bias.to(columns)[None]
     for edit in edits:
-        columns = columns + edit(columns) - edit(zero)
-        bias = bias + edit(bias)
+        columns = columns + edit.function(columns) - edit.function(zero)
+        bias = bias + edit.function(bias)
     return columns if isinstance(linear, Conv1D) else columns.mT, bias[0]
 
 

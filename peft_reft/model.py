@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,16 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_reft import merging
+from peft_reft.attach import track, tracker_of, untrack
 from peft_reft.config import ReftConfig
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.modules import modules_around
-from peft_reft.quantized import allow_packing, forbid_packing
-from peft_reft.sites import Site, block_lists, find_sites, is_encoder_decoder, matches
+from peft_reft.sites import Site, find_sites, matches
 from peft_reft.steering import SteeringMixin
-from peft_reft.tokens.generation import TrackedGenerate
-from peft_reft.tokens.passes import DECODER, ENCODER
-from peft_reft.tokens.requests import Rows
-from peft_reft.tracker import Entry, PromptTracker
+from peft_reft.tokens.requests import AdapterNames, RowRequests
+from peft_reft.tracker import Entry
 
 
 class ReftModel(SteeringMixin, BaseTuner):
@@ -104,13 +101,17 @@ class ReftModel(SteeringMixin, BaseTuner):
     ) -> None:
         _check_name(model, adapter_name)
         # On a model that has adapters already, PEFT keeps it on the model alone, where another tuner may delete it.
-        self.peft_config = self.peft_config
+        if "peft_config" not in vars(self):
+            self.peft_config = self.peft_config
         if state_dict is not None:
             self._check_state_dict(model, self.peft_config[adapter_name], state_dict)
             # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
             state_dict = {self._markers.sub(f".{self.prefix}", key): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-        _tracker_of(model).adapters[adapter_name] = tuple(self.peft_config[adapter_name].subspaces or ())
+        config = self.peft_config[adapter_name]
+        subspaces = tuple(config.subspaces or ())
+        modules = bool(config.modules_to_save or config.trainable_token_indices)
+        tracker_of(model).add(adapter_name, AdapterNames(config.parsed_positions, subspaces, modules))
 
     def _check_state_dict(self, model: nn.Module, config: ReftConfig, state_dict: dict[str, torch.Tensor]) -> None:
         named = {self._markers.split(key)[0] for key in state_dict if self._markers.search(key)}
@@ -131,15 +132,15 @@ class ReftModel(SteeringMixin, BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         for site in self._sites[current_key]:
-            layer = ReftLayer.attach(site, _tracker_of(self.model) or _track(self.model))
-            layer.update_layer(adapter_name, peft_config, target)
+            layer = ReftLayer.attach(site, tracker_of(self.model) or track(self.model))
+            layer.update_layer(adapter_name, peft_config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype and not _has_reft_alone(self.model):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         # PEFT's own goes through every adapter there is.
-        for module, layer in layers(self.model):
+        for layer in layers(self.model):
             if adapter_name not in layer.reft_intervention:
                 continue
             intervention = layer.reft_intervention[adapter_name]
@@ -148,7 +149,7 @@ class ReftModel(SteeringMixin, BaseTuner):
                     intervention.float()
                 continue
             # As with LoRA, no autocast means the dtype of the adapted module.
-            floats = (p.dtype for p in _own_parameters(module, layer) if p.is_floating_point())
+            floats = (p.dtype for p in _own_parameters(layer) if p.is_floating_point())
             if (dtype := next(floats, None)) is not None:
                 intervention.to(dtype)
 
@@ -166,15 +167,9 @@ class ReftModel(SteeringMixin, BaseTuner):
         if (names := kwargs.get("adapter_names")) is None:
             yield
             return
-        if self._merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        tracker = _tracker_of(self.model)
-        rows = Rows(names, None)
-        rows.check(tracker.adapters, self.training, batch=None)
+        tracker = Entry.of(self.model).tracker
         # Threads of a server take turns, from here on as in `generate`.
-        with tracker.turn, tracker.asking(rows):
+        with tracker.lock, tracker.asking(RowRequests(names, None)):
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -193,25 +188,25 @@ class ReftModel(SteeringMixin, BaseTuner):
             ValueError: An adapter cannot be merged exactly; the message names the layer and the reason. Nothing has
                 been changed then.
         """
-        self._check_merge_allowed(adapter_names)
-        touched: list[tuple[nn.Module, ReftLayer, list[str]]] = []
+        self._check_exact_merge(adapter_names)
+        touched: list[tuple[ReftLayer, list[str]]] = []
         try:
-            for module, layer in list(layers(self.model)):
-                touched.append((module, layer, layer.merged_adapters))
-                with onload_layer(module):
-                    layer.merge_into(module, adapter_names, safe_merge)
+            for layer in list(layers(self.model)):
+                touched.append((layer, layer.merged_adapters))
+                with onload_layer(layer.host):
+                    layer.merge(safe_merge, adapter_names)
         except Exception:
-            for module, layer, before in touched:
-                with onload_layer(module):
-                    layer.unmerge_from(module)
-                    layer.merge_into(module, before, False)
+            for layer, before in touched:
+                with onload_layer(layer.host):
+                    layer.unmerge()
+                    layer.merge(False, before)
             raise
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the weights again, bit for bit."""
-        for module, layer in list(layers(self.model)):
-            with onload_layer(module):
-                layer.unmerge_from(module)
+        for layer in list(layers(self.model)):
+            with onload_layer(layer.host):
+                layer.unmerge()
 
     def disable_adapter_layers(self) -> None:
         """Disable all adapters; merged ones are taken out of the weights."""
@@ -225,7 +220,7 @@ class ReftModel(SteeringMixin, BaseTuner):
             ValueError: The adapter is merged, or does not exist.
         """
         # PEFT 0.20 does not ask.
-        if any(adapter_name in layer.merged_adapters for _, layer in layers(self.model)):
+        if any(adapter_name in layer.merged_adapters for layer in layers(self.model)):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -240,16 +235,16 @@ class ReftModel(SteeringMixin, BaseTuner):
 
     @property
     def _merged(self) -> bool:
-        return any(layer.merged_adapters for _, layer in layers(self.model))
+        return any(layer.merged_adapters for layer in layers(self.model))
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+    def _check_exact_merge(self, adapter_names: list[str] | None) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             raise ValueError(f"There is no adapter {unknown[0]!r} to merge; there are {sorted(self.peft_config)}.")
-        for module, layer in layers(self.model):
+        for layer in layers(self.model):
             for name in layer.active_adapters if adapter_names is None else adapter_names:
                 if name not in layer.reft_intervention or name in layer.merged_adapters:
                     continue
-                why = layer.why_not_merge(module, name) or self._tied(module)
+                why = layer.why_not_merge(name) or self._tied(layer.host)
                 if why is not None:
                     raise ValueError(
                         f"The ReFT adapter {name!r} cannot be merged exactly: at {layer.site_name!r} {why}. Keep the "
@@ -274,10 +269,10 @@ class ReftModel(SteeringMixin, BaseTuner):
             self._merge_for_good(safe_merge, adapter_names)
         else:
             self.unmerge_adapter()
-        names = set(_tracker_of(self.model).adapters)
-        for module, layer in list(layers(self.model)):
-            layer.detach(module)
-        _untrack(self.model)
+        names = set(tracker_of(self.model).adapters)
+        for layer in list(layers(self.model)):
+            layer.detach()
+        untrack(self.model)
         model = super()._unload_and_optionally_merge(False, progressbar)
         if self.peft_config.keys() - names:
             # Another method's adapters stay on the model, whose tuner shares this dictionary.
@@ -287,23 +282,23 @@ class ReftModel(SteeringMixin, BaseTuner):
         return model
 
     def _merge_for_good(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        self._check_merge_allowed(adapter_names)
+        self._check_exact_merge(adapter_names)
         plain = isinstance(self.model, PreTrainedModel)
         flags = merging.bias_flags(self.model, self._new_biases(adapter_names)) if plain else None
         if safe_merge:
             self.merge_adapter(adapter_names, safe_merge)
         else:
             # Nothing can fail any more, so that one layer's original weights at a time are enough.
-            for module, layer in list(layers(self.model)):
-                with onload_layer(module):
-                    layer.merge_into(module, adapter_names, False)
+            for layer in list(layers(self.model)):
+                with onload_layer(layer.host):
+                    layer.merge(False, adapter_names)
                 layer.forget_original()
         if flags is not None:
             merging.add_biases(self.model, *flags)
 
     def _new_biases(self, adapter_names: list[str] | None) -> set[str]:
         """Names of the biases that merging adds, or has added."""
-        biased = (layer for module, layer in layers(self.model) if layer.lacks_bias(module, adapter_names))
+        biased = (layer for layer in layers(self.model) if layer.lacks_bias(adapter_names))
         return {f"{layer.site_name}.bias" for layer in biased}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -345,63 +340,7 @@ def _refuse_loading_beside_disk(model: nn.Module) -> None:
         )
 
 
-def _own_parameters(module: nn.Module, layer: ReftLayer) -> Iterator[nn.Parameter]:
+def _own_parameters(layer: ReftLayer) -> Iterator[nn.Parameter]:
+    """The parameters of the edited module."""
     adapters = {id(parameter) for parameter in layer.parameters()}
-    return (parameter for parameter in module.parameters() if id(parameter) not in adapters)
-
-
-# The tracker lives in hooks and layers alone: Transformers drops the tuner object that injected an adapter.
-
-
-def _tracker_of(model: nn.Module) -> PromptTracker | None:
-    entries = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((entry.tracker for entry in entries if isinstance(entry, Entry)), None)
-
-
-def _track(model: nn.Module) -> PromptTracker:
-    forbid_packing(model)
-    tracker = PromptTracker()
-    generates = bool(getattr(model, "can_generate", bool)())
-    both = is_encoder_decoder(model)
-    _hook(model, Entry(tracker, _names(model), (ENCODER, DECODER) if both else (DECODER,), both, generates, True))
-    for block_list in block_lists(model):
-        owner = block_list.owner[1]
-        if owner is not model:
-            _hook(owner, Entry(tracker, _names(owner), (block_list.stream,), both, generates, False))
-    if generates:
-        TrackedGenerate.attach(model, tracker, decoder_only=not both)
-    return tracker
-
-
-def _hook(module: nn.Module, entry: Entry) -> None:
-    if any(isinstance(getattr(hook, "__self__", None), Entry) for hook in module._forward_pre_hooks.values()):
-        return
-    module.register_forward_pre_hook(entry.before, prepend=True, with_kwargs=True)
-    module.register_forward_hook(entry.after, with_kwargs=True, always_call=True)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
-
-
-def _untrack(model: nn.Module) -> None:
-    for module in model.modules():
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        entries = {id(entry): entry for hook in hooks if isinstance(entry := getattr(hook, "__self__", None), Entry)}
-        for entry in entries.values():
-            _remove_hooks(module, entry)
-    TrackedGenerate.detach(model)
-    allow_packing(model)
-
-
-def _remove_hooks(module: nn.Module, owner: object) -> None:
-    """Remove the forward hooks of a module that are methods of `owner`."""
-    # Found by owner rather than by a stored handle, which a copied model would share with the original.
-    for hooks, flags in (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-    ):
-        for handle in [handle for handle, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
-            for registry in (hooks, *flags):
-                registry.pop(handle, None)
+    return (parameter for parameter in layer.host.parameters() if id(parameter) not in adapters)

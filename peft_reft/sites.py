@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_reft.components import OUTPUT, find_component, has_output
+from peft_reft.components import DECODER, ENCODER, OUTPUT, find_component, has_output
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
-from peft_reft.tokens.passes import DECODER, ENCODER
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class SteeringMixin:
                     raise ValueError(f"{first.intervention!r} and {config.intervention!r} have no common form.")
 
     def _layers_with(self, adapter: str) -> list[ReftLayer]:
-        found = [layer for _, layer in layers(self.model) if adapter in layer.reft_intervention]
+        found = [layer for layer in layers(self.model) if adapter in layer.reft_intervention]
         if not found:
             raise ValueError(f"There is no ReFT adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
         return found

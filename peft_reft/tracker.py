@@ -1,181 +1,458 @@
-"""Follows a model's passes: hooks where a pass can enter, and the state that its ReFT layers ask for their plan."""
+"""What hangs on a model beside its layers: where passes enter, and the pass that is going on.
+
+model(...) or model.forward(...) --> Entry --> opens a Pass --> the model's own forward --> closes it
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import threading
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import CodeType
+from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_reft.tokens.passes import ENCODER, Plan, WholeSequence
-from peft_reft.tokens.prompts import Tokens, decoder_plan, encoder_plan, prompt_plan
-from peft_reft.tokens.requests import Rows
-
-if TYPE_CHECKING:
-    from peft_reft.tokens.generation import Generation
-
+from peft_reft.calls import groups_of_layers, say_uncalled
+from peft_reft.components import DECODER, ENCODER
+from peft_reft.tokens.generation import Generation
+from peft_reft.tokens.passes import Pass, Stream, Untold
+from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache
+from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests
 
 # Arguments of `forward` and `generate` that are for ReFT alone.
-ARGUMENTS = {"prompt_mask", "adapter_names", "subspaces"}
+ASKING = {"adapter_names", "subspaces"}
+ARGUMENTS = {"prompt_mask", *ASKING}
 
 
-class PromptTracker:
-    """State of a model's current pass, shared by its `ReftLayer`s. Copies and pickles of the model start afresh.
+class _OfThread(threading.local):
+    """What each thread that calls the model has of its own.
 
     Attributes:
-        adapters: names of all adapters, in the order they were added -> names of their subspaces.
-        plans: stream of tokens -> its plan in the current pass.
-        entered: the entry that the current pass came in through, None between passes.
+        passes: the passes that are open, the innermost last.
         generation: the `generate` call that is going on.
-        rows: what the call that is going on asks of each row of its batch.
-        handles: of hooks that are there for the current pass only.
+        requests: what the call that is going on asks of each row of its batch.
+        prompt_mask: see `Tracker.telling`.
+        replayed: the pass that was found last for a module that ran again in a backward pass.
     """
 
-    def __init__(self, adapters: Mapping[str, tuple[str, ...]] | None = None) -> None:
-        self.adapters = dict(adapters or {})
-        self.plans: dict[str, Plan] = {}
-        self.entered: Entry | None = None
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
         self.generation: Generation | None = None
-        self.rows: Rows | None = None
-        self.handles: list[RemovableHandle] = []
-        # Threads of a server take turns, each with a whole `generate`.
-        self.turn = threading.RLock()
+        self.requests: RowRequests | None = None
+        self.prompt_mask: torch.Tensor | None = None
+        self.replayed: Pass | None = None
 
-    def __reduce__(self) -> tuple[type[PromptTracker], tuple[dict[str, tuple[str, ...]]]]:
+
+class Tracker:
+    """Knows the pass that is going on; shared by a model's `ReftLayer`s. Copies and pickles of it start afresh.
+
+    Attributes:
+        adapters: the model's adapters, in the order they were added.
+        own: what each thread has of its own.
+        said: warnings that are given once a model.
+        lock: threads of a server take turns, each with a whole call.
+        uncalled: the layers that no pass has called yet, in groups by the names of their sites; None until the first
+            pass after adapters were added.
+    """
+
+    def __init__(self, adapters: Mapping[str, AdapterNames] | None = None) -> None:
+        self.adapters = dict(adapters or {})
+        self.said: set[str] = set()
+        self.lock = threading.RLock()
+        self.uncalled: dict[str, list[nn.Module]] | None = None
+        self.own = _OfThread()
+        # Passes whose graphs may still go through a backward pass.
+        self._graphs: list[weakref.ref[Pass]] = []
+
+    def __reduce__(self) -> tuple[type[Tracker], tuple[dict[str, AdapterNames]]]:
         return type(self), (self.adapters,)
 
-    def plan(self, stream: str) -> Plan:
-        """The plan of a stream of tokens."""
-        return self.plans.get(stream) or WholeSequence(self.rows)
+    def add(self, adapter_name: str, names: AdapterNames) -> None:
+        """Take note of a new adapter."""
+        self.adapters[adapter_name] = names
+        self.uncalled = None
 
-    def restore(self, plans: dict[str, Plan], _grad: torch.Tensor) -> None:
-        """Tensor hook: make the plans of an earlier pass current again."""
-        self.plans = plans
+    def current(self, layer: nn.Module | None = None) -> Pass | None:
+        """The pass that a module of the model runs in (at which there is a `layer`); None when no pass is open."""
+        passes = self.own.passes
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if not passes:
+                return None
+            return passes[-1] if passes[-1].in_graph else passes[-1].recorded()
+        task = torch._C._current_graph_task_id()
+        if task != -1 and not (passes and passes[-1].graph_task == task):
+            return self._replayed()
+        if not passes:
+            return None
+        if layer is not None and (self.uncalled is None or self.uncalled):
+            passes[-1].called.add(layer)
+        return passes[-1]
+
+    def innermost(self) -> Pass | None:
+        """The pass that was opened last, and is open."""
+        return self.own.passes[-1] if self.own.passes else None
+
+    def _replayed(self) -> Pass | None:
+        """The pass that a module belongs to which runs again in a backward pass.
+
+        Checkpoints run modules again while the engine evaluates a node that was made in their forward pass, and
+        autograd numbers nodes in the order in which they are made.
+        """
+        node = torch._C._current_autograd_node()
+        alive = [pass_ for ref in self._graphs if (pass_ := ref()) is not None]
+        if node is not None:
+            number = node._sequence_nr()
+            around = [pass_ for pass_ in alive if pass_.nodes[0] <= number < pass_.nodes[1]]
+            if around:
+                # The innermost of passes within passes began last.
+                self.own.replayed = max(around, key=lambda pass_: pass_.nodes[0])
+                return self.own.replayed
+        # A checkpoint within a checkpoint: its nodes were made in this backward pass.
+        return self.own.replayed if self.own.replayed in alive else None
+
+    def open(self, pass_: Pass) -> None:
+        """Make a pass the one that is going on."""
+        if not pass_.in_graph:
+            pass_.graph_task = torch._C._current_graph_task_id()
+            pass_.nodes = (torch._C._autograd._get_sequence_nr(), 0)
+        self.own.passes.append(pass_)
+
+    def close(self, pass_: Pass) -> None:
+        """End a pass, and those within it that an interruption left open."""
+        passes = self.own.passes
+        assert pass_ in passes, "A pass is closed that is not open."
+        while passes.pop() is not pass_:
+            pass
+        while pass_.handles:
+            pass_.handles.pop().remove()
+
+    def keep(self, pass_: Pass, output: Any) -> None:
+        """Keep a pass for the backward pass, as long as the graph of its `output`."""
+        pass_.nodes = (pass_.nodes[0], torch._C._autograd._get_sequence_nr())
+        tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if tensors:
+            self._graphs = [ref for ref in self._graphs if ref() is not None] + [weakref.ref(pass_)]
+        for tensor in tensors:
+            tensor.register_hook(functools.partial(_held_by_graph, pass_))
 
     @contextmanager
-    def generating(self, generation: Generation) -> Iterator[None]:
-        """While the model generates, every pass belongs to `generation`."""
-        outer, self.generation = self.generation, generation
-        try:
-            yield
-        finally:
-            self.generation = outer
-
-    @contextmanager
-    def asking(self, rows: Rows | None) -> Iterator[None]:
+    def asking(self, requests: RowRequests | None) -> Iterator[None]:
         """While it lasts, every pass asks this of its rows."""
-        outer, self.rows = self.rows, rows
+        outer, self.own.requests = self.own.requests, requests
         try:
             yield
         finally:
-            self.rows = outer
+            self.own.requests = outer
+
+    @contextmanager
+    def telling(self, prompt_mask: torch.Tensor) -> Iterator[None]:
+        """While it lasts, every pass that does not tell its prompt has this one."""
+        outer, self.own.prompt_mask = self.own.prompt_mask, prompt_mask
+        try:
+            yield
+        finally:
+            self.own.prompt_mask = outer
 
 
-class Entry:
-    """Forward hooks of one module through which a pass can enter: they find the prompt before it and tidy up after.
+def _held_by_graph(pass_: Pass, grad: torch.Tensor) -> None:
+    """Tensor hook that does nothing; a graph holds it, and with it the pass."""
+
+
+class _SignatureOfOriginal:
+    """The `__signature__` of a `StandIn`, made when it is asked for: not all signatures can be pickled."""
+
+    def __get__(self, stand_in: StandIn | None, owner: type) -> inspect.Signature:
+        if stand_in is None:
+            raise AttributeError("__signature__")
+        signature = vars(stand_in)["__signature__"] = inspect.signature(stand_in.original)
+        return signature
+
+
+class StandIn:
+    """Base of what stands in for a method of `module`. Subclasses are called in its place, and call `original`.
+
+    It is an attribute of the module, so it is copied, pickled and saved with it.
 
     Args:
-        tracker: shared state of the model.
-        names: names of the module's positional forward arguments.
-        streams: the streams of tokens that pass through the module.
-        encoder_decoder: whether the module is an encoder-decoder model or a part of one.
+        module: the module.
+        method: name of the method.
+    """
+
+    __signature__ = _SignatureOfOriginal()
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module = module
+        self.method = method
+        # What somebody has put on this very module in place of the method of its class.
+        self.replaced: Callable[..., Any] | None = None
+        self.__doc__ = getattr(module, method).__doc__
+        self.__name__ = method
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "__signature__"}
+
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export reports where what it exports is written.
+        return self.original.__code__
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method."""
+        if self.replaced is not None:
+            return self.replaced
+        return getattr(type(self.module), self.method).__get__(self.module)
+
+    def put(self, place: str) -> None:
+        """Become the attribute `place` of the module. Mutates the module; `take_off` undoes it."""
+        self.replaced = vars(self.module).get(place)
+        setattr(self.module, place, self)
+
+    def take_off(self, *places: str) -> None:
+        """Give the module back what stood in any of these places."""
+        for place in places:
+            if vars(self.module).get(place) is not self:
+                continue
+            if self.replaced is not None or place != self.method:
+                setattr(self.module, place, self.original)
+            else:
+                delattr(self.module, place)
+
+
+class Entry(StandIn):
+    """A part of a model through which a pass can enter: the model, the part that owns the blocks, those in between.
+
+    It stands in for the part's `forward`, so that a pass is opened whether the part is called or its `forward` is, and
+    closed whatever happens in between. Where something else has replaced `forward` since, hooks open the pass.
+
+    Args:
+        module: the part.
+        tracker: the model's.
+        streams: the streams of tokens that pass through the part.
+        encoder_decoder: whether it is an encoder-decoder model or a part of one.
         language_model: whether `labels` `[batch, tokens]` are next-token labels.
-        root: whether the module is the adapted model itself, rather than a part that callers may go round it to.
+        root: whether it is the adapted model itself.
     """
 
     def __init__(
         self,
-        tracker: PromptTracker,
-        names: tuple[str, ...],
+        module: nn.Module,
+        tracker: Tracker,
         streams: tuple[str, ...],
         encoder_decoder: bool,
         language_model: bool,
         root: bool,
     ) -> None:
+        super().__init__(module, "forward")
         self.tracker = tracker
-        self.names = names
         self.streams = streams
         self.encoder_decoder = encoder_decoder
         self.language_model = language_model
         self.root = root
+        self.names = _positional_names(module.forward)
+        self._handle: RemovableHandle | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Entry | None:
+        """The entry at a module, if there is one."""
+        hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+        return next((entry for entry in hooks if isinstance(entry, cls)), None)
+
+    def attach(self) -> None:
+        """Stand in for the module's `forward`. Mutates the module; `detach` undoes it."""
+        # Accelerate's hooks wrap what they find, and put it back when they are taken off: this is to be innermost.
+        hooked = hasattr(self.module, "_hf_hook") and "_old_forward" in vars(self.module)
+        self.put("_old_forward" if hooked else "forward")
+        self._handle = self.module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Leave the module as it was before `attach`."""
+        self._handle.remove()
+        self.take_off("forward", "_old_forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's `forward`, in a pass of its own or in the one that the module is a part of."""
+        forward = self.original
+        outer = self.tracker.innermost()
+        if outer is not None and outer.hooked is self:
+            # A hook has opened the pass already.
+            outer.hooked = None
+            try:
+                return forward(*args, **kwargs)
+            except BaseException:
+                self.tracker.close(outer)
+                raise
+        pass_ = self._open(dict(zip(self.names, args, strict=False)) | kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+        if pass_ is None:
+            return forward(*args, **kwargs)
+        try:
+            output = forward(*args, **kwargs)
+            self._leave(pass_, output)
+        finally:
+            self.tracker.close(pass_)
+        return output
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Forward pre-hook: plan the pass; takes `prompt_mask` out of the arguments."""
-        if not self.root and self.tracker.entered is not None and self.tracker.entered.root:
-            return None
+        """Forward pre-hook: opens the pass where something else has replaced the module's `forward`."""
         if getattr(module, "_is_replica", False):
             raise NotImplementedError(
                 "nn.DataParallel runs copies of the model in threads, which ReFT does not support. Start one process a "
                 "GPU (accelerate launch, torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
-        self.tracker.entered = self
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        _refuse(call)
-        self.tracker.plans = {stream: self._plan(stream, call, module.training) for stream in self.streams}
-        rows = Rows.of(call, self.tracker.rows)
-        if rows is not None:
-            self._ask(rows, module)
-        if not ARGUMENTS & kwargs.keys():
+        if self._stands_in(module):
             return None
-        # The model's own forward does not know these.
+        pass_ = self._open(dict(zip(self.names, args, strict=False)) | kwargs)
+        if pass_ is not None:
+            pass_.hooked = self
+            pass_.handles.append(module.register_forward_hook(self.after, always_call=True))
         return args, {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
 
-    def _ask(self, rows: Rows, module: nn.Module) -> None:
-        shapes = [plan.shape for plan in self.tracker.plans.values() if plan.shape is not None]
-        if not rows.checked:
-            rows.check(self.tracker.adapters, module.training, shapes[0][0] if shapes else None)
-        for plan in self.tracker.plans.values():
-            plan.rows = rows
-        self.tracker.handles = rows.choose_heads(module)
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, also called after an exception: closes what `before` opened."""
+        pass_ = self.tracker.innermost()
+        if pass_ is not None and pass_.entry is self:
+            self._leave(pass_, output)
+            self.tracker.close(pass_)
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook, also called after an exception."""
-        if self.tracker.entered is not self:
+    def _stands_in(self, module: nn.Module) -> bool:
+        """Whether the module's `forward` is this entry, or a wrapper around it that says so (torch.compile)."""
+        forward = module.forward
+        while forward is not self:
+            forward = getattr(forward, "__wrapped__", None)
+            if forward is None:
+                return False
+        return True
+
+    def _goes_on(self, call: Mapping[str, Any], outer: Pass | None) -> bool:
+        """Whether the module is called as a part of the `outer` pass, rather than with tokens of its own."""
+        if self.root or outer is None or not outer.streams.keys() >= set(self.streams):
+            return False
+        if outer.in_graph or outer is not self.tracker.innermost():  # the latter in a backward pass
+            return True
+        ids = call.get("input_ids")
+        if ids is None and call.get("inputs_embeds") is None:
+            return True
+        if self in outer.entered or not self._are_tokens_of(outer, ids):
+            return False
+        outer.entered.add(self)
+        return True
+
+    def _are_tokens_of(self, outer: Pass, ids: torch.Tensor | None) -> bool:
+        if isinstance(outer.streams[self.streams[0]], Untold):
+            return ids is None
+        theirs = outer.ids.get(self.streams[0])
+        if ids is None or theirs is None or ids is theirs:
+            return True
+        return ids.shape == theirs.shape and torch.equal(ids.to(theirs.device), theirs)
+
+    def _open(self, call: dict[str, Any]) -> Pass | None:
+        """Open the pass of a call; None if it belongs to the one that is open."""
+        outer = self.tracker.current()
+        if self._goes_on(call, outer):
+            return None
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        generation = self.tracker.own.generation
+        if generation is not None and outer is not None and outer.generation is generation:
+            # Generation makes no pass within a pass.
+            generation = None
+        tokens = {stream: self._tokens(stream, call) for stream in self.streams}
+        streams: dict[str, Stream] = {}
+        for name, told in tokens.items():
+            made = None
+            if generation is not None and told is not None and not self.encoder_decoder:
+                made = generation.stream(told, in_graph)
+            generation = None if made is None else generation
+            streams[name] = made or self._stream(name, told)
+        # Of an encoder-decoder model the decoder's may be made from labels.
+        known = (ENCODER,) if self.encoder_decoder else self.streams
+        ids = {name: told.ids for name, told in tokens.items() if told is not None and name in known}
+        products = None if generation is None else generation.products
+        pass_ = Pass(streams, self.tracker.own.requests, in_graph, products, ids, self, generation)
+        if pass_.requests is not None or not ASKING.isdisjoint(call):
+            self._ask(pass_, call)
+        self.tracker.open(pass_)
+        return pass_
+
+    def _ask(self, pass_: Pass, call: Mapping[str, Any]) -> None:
+        """Note what the call asks of each row."""
+        if not ASKING.isdisjoint(call):
+            pass_.requests = RowRequests.of(call, pass_.requests)
+        requests = pass_.requests
+        if requests is not None:
+            shape = next((stream.shape for stream in pass_.streams.values() if stream.shape[0]), None)
+            requests.check(self.tracker.adapters, self.module.training, None if shape is None else shape[0])
+            if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
+                pass_.handles += _choose_heads(self.module, requests)
+
+    def _tokens(self, stream: str, call: Mapping[str, Any]) -> CallTokens | None:
+        if self.encoder_decoder and stream == DECODER and len(self.streams) > 1:
+            return CallTokens.of_decoder(call)
+        tokens = CallTokens.of(call)
+        mask = self.tracker.own.prompt_mask
+        if tokens is None or mask is None or tokens.prompt_mask is not None or self.tracker.own.generation is not None:
+            return tokens
+        return dataclasses.replace(tokens, prompt_mask=mask)
+
+    def _stream(self, name: str, tokens: CallTokens | None) -> Stream:
+        if self.encoder_decoder and name == DECODER:
+            return Decoded((0, 0) if tokens is None else tokens.shape, tokens=tokens)
+        training = self.module.training and torch.is_grad_enabled()
+        if tokens is None:
+            return Untold(training=training)
+        language_model = self.language_model and not self.encoder_decoder
+        return Told(tokens.shape, training, tokens=tokens, language_model=language_model, said=self.tracker.said)
+
+    def _leave(self, pass_: Pass, output: Any) -> None:
+        if pass_.in_graph:
             return
-        self.tracker.entered = None
-        while self.tracker.handles:
-            self.tracker.handles.pop().remove()
-        if torch.compiler.is_compiling():
-            return
-        if not torch.is_grad_enabled():
-            self.tracker.plans = {}
-        else:
-            # Checkpointed modules run their hooks again in the backward pass, perhaps after other forward passes. The
-            # engine enters this pass's graph through its outputs, which is the moment to bring its plans back.
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(self.tracker.restore, self.tracker.plans))
-
-    def _plan(self, stream: str, call: Mapping[str, Any], training: bool) -> Plan:
-        if self.encoder_decoder:
-            if stream == ENCODER:
-                return encoder_plan(Tokens.of(call))
-            return decoder_plan(Tokens.of_decoder(call) if len(self.streams) > 1 else Tokens.of(call))
-        tokens = Tokens.of(call)
-        generation = self.tracker.generation
-        if generation is not None and tokens.prompt_mask is None:
-            return generation.plan(tokens)
-        return prompt_plan(tokens, self.language_model, training and torch.is_grad_enabled())
+        tracker = self.tracker
+        if torch.is_grad_enabled():
+            tracker.keep(pass_, output)
+        by_row = pass_.requests is not None and pass_.requests.adapters is not None
+        if self.root and tracker.uncalled != {} and not by_row and not pass_.compiled:
+            tracker.uncalled = groups_of_layers(self.module) if tracker.uncalled is None else tracker.uncalled
+            say_uncalled(self.module, pass_, tracker.uncalled)
+        stream = pass_.streams.get(DECODER)
+        if isinstance(stream, Told) and stream.tokens.prompt_mask is not None:
+            cache = stream.tokens.cache
+            values = dict(output) if isinstance(output, Mapping) else dict(enumerate(output or ()))
+            cache = find_cache(values) if cache is None and not isinstance(output, torch.Tensor) else cache
+            if hasattr(cache, "__dict__"):
+                # Decoding loops of the user's tell each pass no more than its own tokens.
+                setattr(cache, RECORD, Record(stream.prompt()))
 
 
-def _refuse(call: Mapping[str, Any]) -> None:
-    if type(call.get("cache")).__name__ == "PagedAttentionCache":
-        raise NotImplementedError(
-            "Continuous batching (generate_batch, cache_implementation='paged') mixes prompts and generated tokens in "
-            "one row, which ReFT's positions do not support. Use generate()."
-        )
+def _choose_heads(module: nn.Module, requests: RowRequests) -> list[RemovableHandle]:
+    """Let the modules inside `module` that PEFT trains whole (`modules_to_save`) run each row through its adapter's
+    copy, until the handles are removed.
+    """
+
+    def name_rows(head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        # Adapters without a copy use the original.
+        names = [name for name, _ in requests.of_rows(len(args[0]))]
+        return args, kwargs | {"adapter_names": [name if name in head._adapters else BASE for name in names]}
+
+    heads = [part for part in module.modules() if isinstance(part, AuxiliaryTrainingWrapper)]
+    return [head.register_forward_pre_hook(name_rows, with_kwargs=True) for head in heads]
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return [tensor for value in output for tensor in _tensors(value)]
-    return []
+        yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)

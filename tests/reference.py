@@ -7,19 +7,19 @@ two turns, "pppccppc". Interventions are dictionaries of `projection` [units, r,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
-def edited_tokens(spec: str, roles: str) -> dict[int, int]:
-    """Token index -> number of the word of `spec` that selects it."""
+def edited_tokens(spec: str, roles: str, breaks: Collection[int] = ()) -> dict[int, int]:
+    """Token index -> number of the word of `spec` that selects it; tokens in `breaks` open a new run of the prompt."""
     spans = []  # [first, behind last] of each run of prompt tokens
     for i, role in enumerate(roles):
         if role != "p":
             continue
-        if spans and spans[-1][1] == i:
+        if spans and spans[-1][1] == i and i not in breaks:
             spans[-1][1] = i + 1
         else:
             spans.append([i, i + 1])

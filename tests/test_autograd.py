@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import llama
 
 from peft_reft import ReftConfig
-from peft_reft.autograd import add_low_rank, pick
+from peft_reft.autograd import add_low_rank, gather_rows
 
 LINKS = {
     "identity": (None, 3),
@@ -25,15 +25,15 @@ def tensors(k: int, dtype=torch.float64):
 
 @pytest.mark.parametrize("keep_output", [True, False], ids=["result kept", "input kept"])
 @pytest.mark.parametrize("right", [True, False], ids=["product", "constant"])
-@pytest.mark.parametrize("link", LINKS)
-def test_gradients_equal_finite_differences(link, right, keep_output):
-    link, k = LINKS[link]
+@pytest.mark.parametrize("elementwise", LINKS)
+def test_gradients_equal_finite_differences(elementwise, right, keep_output):
+    elementwise, k = LINKS[elementwise]
     given = tensors(k)
     if not right:
         given["right"] = None
 
     def call(*args):
-        return add_low_rank(*args, link, keep_output)
+        return add_low_rank(*args, elementwise, keep_output)
 
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 
@@ -75,7 +75,7 @@ def test_picked_rows_share_one_gradient():
     index = torch.tensor([4, 1])
 
     def call(rows):
-        whole, picked = pick(rows * 2, index)
+        whole, picked = gather_rows(rows * 2, index)
         return whole.index_add(0, index, picked.sin())
 
     assert torch.autograd.gradcheck(call, hidden)

@@ -80,12 +80,12 @@ def reference_of(model: PeftModel, base: nn.Module, spec: str, adapter: str = "d
     """The oracle with the parameters of an adapter, on a base of its own; sites by the names that they have there."""
     sites, inputs = {}, {}
     names = {module: name for name, module in model.get_base_model().named_modules()}
-    for module, layer in layers(model):
+    for layer in layers(model):
         if adapter not in layer.reft_intervention:
             continue
         intervention = layer.reft_intervention[adapter]
         params = {name: getattr(intervention, name).detach().clone().requires_grad_() for name in PARAMETERS}
-        (inputs if layer.side == "input" else sites)[names[module]] = params
+        (inputs if layer.side == "input" else sites)[names[layer.host]] = params
     return Reference(base, sites, spec, inputs=inputs)
 
 
@@ -413,8 +413,8 @@ def test_gradients_of_inputs_under_gradient_checkpointing(component, reentrant):
     }
     names = {module: name for name, module in model.get_base_model().named_modules()}
     mine = {
-        ((names[module], layer.side), name): getattr(layer.reft_intervention["default"], name).grad
-        for module, layer in layers(model)
+        ((names[layer.host], layer.side), name): getattr(layer.reft_intervention["default"], name).grad
+        for layer in layers(model)
         for name in PARAMETERS
     }
     for key, grad in gradients(reference, expected).items():

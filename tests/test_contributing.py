@@ -12,7 +12,7 @@ from adapters import IDS, generated, logits, reft
 from peft import PeftModel, get_peft_model
 from reference import gram_schmidt
 
-from peft_reft.interventions import INTERVENTIONS
+from peft_reft.interventions import INTERVENTIONS, Scope
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_its_values_and_gradients_equal_the_equation(example):
     intervention = example(24, 4, units=2, init_weights=False).double()
     hidden = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     units = [0, 1, 1, 0, 1]
-    got = intervention(hidden, torch.eye(2, dtype=torch.float64)[units])
+    got = intervention(hidden, Scope(gate=torch.eye(2, dtype=torch.float64)[units]))
     expected = []
     for h, unit in zip(hidden, units, strict=True):
         rows = gram_schmidt(intervention.projection[unit])

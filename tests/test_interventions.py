@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from reference import edited, gram_schmidt
 
-from peft_reft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, orthonormal_rows
+from peft_reft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, Scope, orthonormal_rows
 
 FEATURES, RANK = 24, 4
 
@@ -42,7 +39,7 @@ def assert_equal_to_loops(method, units, dtype, tolerance, act_fn=None, paramete
     hidden = torch.randn(7, FEATURES, dtype=dtype, requires_grad=True)
     chosen = [None if i == 3 else i % units for i in range(7)]
     gate = torch.tensor([[float(unit == u) for u in range(units)] for unit in chosen], dtype=dtype)
-    got = hidden + intervention(hidden, gate)
+    got = hidden + intervention(hidden, Scope(gate))
     expected = by_loops(intervention, hidden, chosen, method, ACTIVATIONS[act_fn])
     assert relative_error(got, expected) < tolerance
 
@@ -82,7 +79,7 @@ def test_bfloat16_parameters_are_used_in_the_precision_of_the_edit(method):
     hidden = torch.randn(5, FEATURES)
     gate = torch.eye(2)[[0, 1, 0, 1, 1]]
     expected = by_loops(intervention, hidden, [0, 1, 0, 1, 1], method)
-    assert relative_error(hidden + intervention(hidden, gate), expected) < 1e-5
+    assert relative_error(hidden + intervention(hidden, Scope(gate)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
@@ -91,7 +88,7 @@ def test_the_strength_scales_the_edit(method, strength):
     intervention = make(method=method)
     hidden = torch.randn(5, FEATURES, dtype=torch.float64)
     expected = strength * (by_loops(intervention, hidden, [0] * 5, method) - hidden)
-    torch.testing.assert_close(intervention(hidden, strength=strength), expected)
+    torch.testing.assert_close(intervention(hidden, Scope(strength=strength)), expected)
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu"])
@@ -106,7 +103,7 @@ def test_switched_off_coordinates_are_not_edited(method, act_fn):
     on = torch.tensor([1.0, 0, 1, 0], dtype=torch.float64)
     whole = by_loops(intervention, hidden, units, method, ACTIVATIONS[act_fn]) - hidden
     # The coordinates of the whole edit along each direction, those that are on put together again.
-    for h, unit, got, edit in zip(hidden, units, intervention(hidden, gate, on), whole, strict=True):
+    for h, unit, got, edit in zip(hidden, units, intervention(hidden, Scope(gate, on)), whole, strict=True):
         projection = intervention.projection[unit]
         rows = projection if method.startswith("no") else gram_schmidt(projection)
         coordinates = torch.linalg.lstsq(rows.T, edit).solution
@@ -117,16 +114,16 @@ def test_each_row_has_coordinates_of_its_own():
     intervention = make()
     hidden = torch.randn(2, 3, FEATURES, dtype=torch.float64)
     on = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
-    got = intervention(hidden, coordinates=on[:, None])
+    got = intervention(hidden, Scope(coordinates=on[:, None]))
     for row in range(2):
-        torch.testing.assert_close(got[row], intervention(hidden[row], coordinates=on[row]))
+        torch.testing.assert_close(got[row], intervention(hidden[row], Scope(coordinates=on[row])))
 
 
 def test_rows_that_no_representation_uses_are_not_trained():
     intervention = make()
     hidden = torch.randn(5, FEATURES, dtype=torch.float64)
     on = torch.tensor([0.0, 0, 1, 1], dtype=torch.float64)
-    intervention(hidden, coordinates=on).square().sum().backward()
+    intervention(hidden, Scope(coordinates=on)).square().sum().backward()
     for parameter in intervention.parameters():
         assert not parameter.grad[:, :2].any()
         assert parameter.grad[:, 2:].any()
@@ -146,7 +143,7 @@ def test_gradcheck():
     parameters = list(intervention.parameters())
 
     def edit(hidden, *_):
-        return intervention(hidden, gate)
+        return intervention(hidden, Scope(gate))
 
     assert torch.autograd.gradcheck(edit, (hidden, *parameters))
 
@@ -155,7 +152,7 @@ def test_gradcheck():
 def test_a_fresh_intervention_is_the_identity_exactly(method):
     intervention = INTERVENTIONS[method](FEATURES, RANK, units=2)
     hidden = 100 * torch.randn(9, FEATURES)
-    assert torch.equal(hidden + intervention(hidden, torch.ones(9, 2)), hidden)
+    assert torch.equal(hidden + intervention(hidden, Scope(gate=torch.ones(9, 2))), hidden)
 
 
 def test_a_fresh_constant_takes_the_subspace_out():
@@ -183,7 +180,9 @@ def test_pyreft_initialization_draws_w_and_b_as_nn_linear_does():
         assert mine.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
     rows = intervention.subspace()
     hidden = torch.randn(512, 400)
-    jump = (intervention(hidden, torch.eye(5)[torch.arange(512) % 5]).norm(dim=-1) / hidden.norm(dim=-1)).mean()
+    jump = (
+        intervention(hidden, Scope(gate=torch.eye(5)[torch.arange(512) % 5])).norm(dim=-1) / hidden.norm(dim=-1)
+    ).mean()
     # Replacing r of d dimensions by something small moves h by about sqrt(r / d).
     assert jump.item() == pytest.approx((8 / 400) ** 0.5, rel=0.25)
     assert rows.shape == (5, 8, 400)
@@ -203,7 +202,7 @@ def test_dropout_leaves_tokens_alone_that_no_unit_edits():
     intervention = make(dropout=0.5).train()
     hidden = torch.randn(6, FEATURES, dtype=torch.float64)
     gate = torch.tensor([1.0, 0, 1, 0, 0, 1], dtype=torch.float64)[:, None]
-    edit = intervention(hidden, gate)
+    edit = intervention(hidden, Scope(gate))
     assert not edit[gate[:, 0] == 0].any()
     assert edit[gate[:, 0] == 1].any()
 
@@ -257,7 +256,7 @@ def test_low_precision_parameters_still_give_orthonormal_rows():
     assert orthonormality(intervention.subspace()) < 1e-6
 
 
-# The rows are computed once a session
+# What is kept while parameters do not change
 
 
 def counted(monkeypatch) -> list[int]:
@@ -268,16 +267,17 @@ def counted(monkeypatch) -> list[int]:
 
 
 @torch.no_grad()
-def test_the_rows_are_computed_once_a_session(monkeypatch):
+def test_the_rows_are_computed_once_for_as_long_as_they_are_kept(monkeypatch):
     intervention = make().eval()
     calls = counted(monkeypatch)
-    for expected, session in ((1, "first"), (1, "first"), (2, "second"), (3, None), (4, None)):
-        intervention(torch.randn(2, FEATURES, dtype=torch.float64), session=session)
+    first, second = {}, {}
+    for expected, kept in ((1, first), (1, first), (2, second), (3, None), (4, None)):
+        intervention(torch.randn(2, FEATURES, dtype=torch.float64), kept=kept)
         assert len(calls) == expected
 
 
 @torch.no_grad()
-def test_a_changed_parameter_is_noticed_outside_a_session():
+def test_a_changed_parameter_is_noticed_where_nothing_is_kept():
     intervention = make().eval()
     intervention.subspace(torch.float64)
     intervention.projection.data.copy_(torch.randn_like(intervention.projection))
@@ -285,11 +285,11 @@ def test_a_changed_parameter_is_noticed_outside_a_session():
     torch.testing.assert_close(intervention.subspace(torch.float64)[0], expected)
 
 
-def test_gradients_flow_in_a_session_too():
-    intervention = make()
+def test_gradients_flow_past_what_is_kept():
+    intervention, kept = make(), {}
     with torch.no_grad():
-        intervention(torch.randn(2, FEATURES, dtype=torch.float64), session="session")
-    intervention(torch.randn(2, FEATURES, dtype=torch.float64), session="session").sum().backward()
+        intervention(torch.randn(2, FEATURES, dtype=torch.float64), kept=kept)
+    intervention(torch.randn(2, FEATURES, dtype=torch.float64), kept=kept).sum().backward()
     assert intervention.projection.grad.abs().sum() > 0
 
 
@@ -308,14 +308,14 @@ def test_writes_behind_the_back_of_autograd_are_seen(frozen):
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_no_representations_at_all(strength):
     hidden = torch.randn(0, FEATURES, dtype=torch.float64)
-    assert make()(hidden, strength=strength, add=True).shape == hidden.shape
+    assert make().apply_to(hidden, Scope(strength=strength)).shape == hidden.shape
 
 
 def test_a_backward_pass_under_autocast_is_as_precise_as_without():
     intervention = make().float()
     hidden = torch.randn(5, FEATURES)
-    expected = torch.autograd.grad(intervention(hidden, add=True).square().sum(), list(intervention.parameters()))
-    total = intervention(hidden, add=True).square().sum()
+    expected = torch.autograd.grad(intervention.apply_to(hidden).square().sum(), list(intervention.parameters()))
+    total = intervention.apply_to(hidden).square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(total, list(intervention.parameters()))
     assert all(map(torch.equal, got, expected))
@@ -341,12 +341,12 @@ def test_a_step_turns_the_subspace_as_far_as_in_pyreft():
     torch.testing.assert_close(mine, turned(lambda: theirs.weight, theirs.parameters()), rtol=0.05, atol=0)
 
 
-def test_pickles_leave_the_computed_rows_out():
+def test_an_intervention_keeps_nothing_itself():
     intervention = make().eval()
+    before = intervention.__dict__.keys() | intervention.state_dict().keys()
     with torch.no_grad():
-        intervention.products(torch.float64, session="session")
-    for twin in (copy.deepcopy(intervention), pickle.loads(pickle.dumps(intervention))):
-        assert twin._cache is None
+        intervention(torch.randn(2, FEATURES, dtype=torch.float64), kept={})
+    assert intervention.__dict__.keys() | intervention.state_dict().keys() == before
 
 
 def test_inference_mode_parameters_work():

@@ -626,9 +626,9 @@ def test_an_exception_leaves_nothing_behind(route, call):
     assert hooks_of(mixed.model) == hooks
     assert torch.equal(mixed.model(input_ids=IDS).logits, before)
     tracker = layers_of(mixed.model)[0].tracker
-    assert tracker.rows is None
-    assert tracker.generation is None
-    assert not tracker.handles
+    assert tracker.own.requests is None
+    assert tracker.own.generation is None
+    assert tracker.innermost() is None
 
 
 def hooks_of(model) -> dict[str, tuple[int, int]]:

@@ -139,7 +139,7 @@ def test_an_adapter_added_while_inactive_is_frozen():
     frozen = {name.split(".")[-2]: p.requires_grad for name, p in model.named_parameters() if ".reft." in name}
     assert frozen == {"default": True, "other": False}
     block = model.get_base_model().model.layers[0]
-    block.reft.update_layer("third", reft(), block)
+    block.reft.update_layer("third", reft())
     assert not any(p.requires_grad for p in block.reft.reft_intervention["third"].parameters())
 
 

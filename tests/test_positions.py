@@ -1,6 +1,8 @@
-"""The position language and its tensor functions, against the loop reference, for whatever hypothesis comes up with."""
+"""The position language and the position finder, against the loop reference, for whatever hypothesis comes up with."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from reference import edited_tokens
 
 from peft_reft.tokens import positions as pos
-from peft_reft.tokens.runs import Runs, Segments
+from peft_reft.tokens.prompts import sequence_starts
+from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments
 
 counts = st.integers(1, 6)
 firsts = counts.map("f{}".format)
@@ -37,31 +40,33 @@ def expected_codes(spec: str, shared: bool, sequence: str) -> list[int]:
 def grid(rows: list[tuple[str, tuple[int, int]]]):
     """Padded rows as tensors: labels, real tokens, and the slices where the sequences are."""
     tokens = max(len(row) + left for row, (left, _) in rows) + max(right for _, (_, right) in rows)
-    labels = torch.full((len(rows), tokens), pos.IGNORE_INDEX)
+    labels = torch.full((len(rows), tokens), IGNORE_INDEX)
     real = torch.zeros(len(rows), tokens, dtype=torch.bool)
     slices = []
     for i, (row, (left, _)) in enumerate(rows):
         where = slice(left, left + len(row))
         real[i, where] = True
-        labels[i, where] = torch.tensor([9 if role == "c" else pos.IGNORE_INDEX for role in row])
+        labels[i, where] = torch.tensor([9 if role == "c" else IGNORE_INDEX for role in row])
         slices.append(where)
     return labels, real, slices
 
 
 def codes_of(parsed, labels, real, starts=None):
-    """Codes and prompt, of which the tensor functions and the runs think alike."""
-    prompt = pos.prompt_from_labels(labels, real, starts)
-    codes = pos.assign(parsed, prompt, pos.completion_of(prompt, real, starts), starts)
-    for runs in (Runs.of_labels(labels, real, starts), Runs.of_prompt(prompt, real, starts)):
-        assert not runs.promptless
-        segments = runs.segments(parsed)
+    """Codes and prompt, alike however the prompt is told and the finder is called."""
+    told = Marks(real, labels=labels, starts=starts)
+    prompt = told.prompt_grid()
+    codes = told.segments(parsed).grid()
+    for marks in (told, Marks(real, prompt=prompt, starts=starts)):
+        segments = marks.segments(parsed)
+        assert not segments.promptless
         assert torch.equal(segments.grid(), codes)
-        rows, units = segments.tokens()
-        assert torch.equal(rows, codes.flatten().nonzero().squeeze(1))
-        assert torch.equal(units, codes.flatten()[rows])
-        assert segments.edited == len(rows)
-        for past in (1, codes.shape[1] - 1):
-            assert torch.equal(segments.without_past(past).grid(), codes[:, past:])
+        flat_index, units = segments.tokens()
+        assert torch.equal(flat_index, codes.flatten().nonzero().squeeze(1))
+        assert torch.equal(units, codes.flatten()[flat_index])
+        assert segments.edited == len(flat_index)
+        for past in (0, 1, codes.shape[1] - 1):
+            assert torch.equal(marks.segments(parsed, past).grid(), codes[:, past:])
+            assert torch.equal(marks.codes(parsed, past), codes[:, past:])
         assert torch.equal(Segments.of(codes).grid(), codes)
     return codes, prompt
 
@@ -82,7 +87,7 @@ def test_padded_rows_equal_the_loop_version(spec, shared, rows):
 def test_packed_rows_equal_the_loop_version(spec, shared, documents):
     labels, real, _ = grid([("".join(documents), (0, 0))])
     position_ids = torch.tensor([[i for document in documents for i in range(len(document))]])
-    codes, _ = codes_of(pos.parse(spec, shared), labels, real, pos.sequence_starts(position_ids))
+    codes, _ = codes_of(pos.parse(spec, shared), labels, real, sequence_starts(position_ids))
     assert codes[0].tolist() == [code for document in documents for code in expected_codes(spec, shared, document)]
 
 
@@ -119,9 +124,38 @@ def test_a_spec_prints_as_it_was_written(spec, shared):
     assert str(pos.parse(spec, shared)) == spec
 
 
-@settings(max_examples=300, deadline=None)
+def role_of_each_token(prompt: list[bool], real: list[bool], labeled: list[bool] | None) -> list[str]:
+    """One sequence by plain loops: "p" prompt, "c" completion, "b" ahead of any prompt, "-" padding."""
+    count = range(len(real))
+    if labeled is not None:
+        supervised = [labeled[i] and real[i] for i in count]
+        prompt = [real[i] and not supervised[i] and (any(supervised[i:]) or not any(supervised)) for i in count]
+    return [
+        "-" if not real[i] else "p" if prompt[i] else "c" if any(prompt[n] and real[n] for n in range(i)) else "b"
+        for i in count
+    ]
+
+
+def codes_by_loops(spec: str, shared: bool, roles: list[str], turn: int | None) -> list[int]:
+    """One sequence: padding does not count, whichever side or middle it is on; a turn opens a new span."""
+    kept = [i for i, role in enumerate(roles) if role != "-"]
+    chosen: dict[int, int] = {}
+    if spec == "all":
+        chosen = dict.fromkeys(range(len(kept)), 0)
+    else:
+        ahead = sum(roles[i] == "b" for i in kept)
+        text = "".join(roles[i] for i in kept[ahead:])
+        opens = [n for n, i in enumerate(kept[ahead:]) if turn is not None and i >= turn]
+        chosen = {ahead + n: unit for n, unit in edited_tokens(spec, text, opens[:1]).items()}
+    codes = [0] * len(roles)
+    for n, unit in chosen.items():
+        codes[kept[n]] = 1 if shared else unit + 1
+    return codes
+
+
+@settings(max_examples=500, deadline=None)
 @given(spec=specs, shared=st.booleans(), data=st.data())
-def test_runs_say_the_same_as_tensor_functions_of_any_tokens(spec, shared, data):
+def test_any_tokens_equal_the_loop_version(spec, shared, data):
     rows, tokens = data.draw(st.tuples(counts, st.integers(1, 12)))
 
     def mask():
@@ -131,17 +165,26 @@ def test_runs_say_the_same_as_tensor_functions_of_any_tokens(spec, shared, data)
     real, chosen = mask(), mask()
     starts = mask() if data.draw(st.booleans()) else None
     turn = data.draw(st.integers(0, tokens - 1))
-    parsed, labels = pos.parse(spec, shared), torch.where(chosen, 9, pos.IGNORE_INDEX)
-    told = pos.prompt_from_labels(labels, real, starts)
-    breaks = torch.arange(tokens) == turn if turn else None
-    known = Runs.of_prompt(chosen & real, real, starts, turn), chosen & real
-    for runs, prompt in ((Runs.of_labels(labels, real, starts, turn), told), known):
-        completion = pos.completion_of(prompt, real, starts)
-        codes = pos.assign(parsed, prompt, completion, starts, breaks)
-        if spec == "all":
-            # Real tokens ahead of any prompt are neither prompt nor completion.
-            codes = real.to(torch.int8)
-        assert torch.equal(runs.segments(parsed).grid(), codes)
+    parsed, labels = pos.parse(spec, shared), torch.where(chosen, 9, IGNORE_INDEX)
+    told = (
+        Marks(real, labels=labels, starts=starts, turn=turn),
+        Marks(real, prompt=chosen & real, starts=starts, turn=turn),
+    )
+    for marks, by_labels in zip(told, (True, False), strict=True):
+        expected = []
+        for row in range(rows):
+            begins = [i for i in range(tokens) if i == 0 or (starts is not None and starts[row, i])]
+            for begin, end in itertools.pairwise([*begins, tokens]):
+                part = slice(begin, end)
+                prompt, labeled = (None, chosen) if by_labels else (chosen, None)
+                roles = role_of_each_token(
+                    None if prompt is None else prompt[row, part].tolist(),
+                    real[row, part].tolist(),
+                    None if labeled is None else labeled[row, part].tolist(),
+                )
+                turned = turn - begin if turn and begin < turn < end else None
+                expected += codes_by_loops(spec, shared, roles, turned)
+        assert marks.segments(parsed).grid().flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -157,19 +200,25 @@ def test_runs_say_the_same_as_tensor_functions_of_any_tokens(spec, shared, data)
 def test_the_first_token_of_a_sequence_without_prompt_is_found(labels, starts, bad):
     labels = torch.tensor(labels)
     starts = None if starts is None else torch.tensor(starts).bool()
-    assert Runs.of_labels(labels, torch.ones_like(labels).bool(), starts).promptless == bad
+    assert Marks(torch.ones_like(labels).bool(), labels=labels, starts=starts).runs().promptless == bad
 
 
 def test_a_supervised_first_token_behind_left_padding_is_found():
     labels, real = torch.tensor([[-100, -100, 9, 9]]), torch.tensor([[0, 0, 1, 1]]).bool()
-    assert Runs.of_labels(labels, real).promptless == (0,)
+    assert Marks(real, labels=labels).runs().promptless == (0,)
 
 
-def test_a_break_opens_a_new_span_right_behind_the_old_one():
+def test_a_turn_opens_a_new_span_right_behind_the_old_one():
     prompt = torch.ones(1, 6, dtype=torch.bool)
-    breaks = torch.arange(6) == 4
-    codes = pos.assign(pos.parse("f2+l1", shared=False), prompt, ~prompt, breaks=breaks)
+    marks = Marks(prompt, prompt=prompt, turn=4)
+    codes = marks.segments(pos.parse("f2+l1", shared=False)).grid()
     assert codes[0].tolist() == [1, 1, 0, 2, 0, 2]
+
+
+def test_padding_in_the_middle_of_a_prompt_does_not_end_it():
+    real = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0]]).bool()
+    codes = Marks(real, prompt=real).segments(pos.parse("f3+l1", shared=False)).grid()
+    assert codes[0].tolist() == [1, 1, 0, 0, 1, 0, 2, 0]
 
 
 @pytest.mark.parametrize(

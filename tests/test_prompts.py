@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
 from contextlib import redirect_stdout
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from peft_reft import ReftConfig, show_positions
+from peft_reft.tokens.passes import Pass
 
 PROMPT_BOUNDED = ["f2+l3", "l1", "prompt", "completion", "c2", "f3+c2"]
 
@@ -104,18 +106,41 @@ def test_training_a_language_model_without_labels_warns():
         model(input_ids=torch.arange(3, 11)[None])
 
 
-@pytest.mark.parametrize("why", ["evaluation", "no gradients", "labels", "prompt_mask", "all"])
-def test_no_warning_where_the_prompt_is_known_or_nothing_is_trained(why):
-    model = make_pair("all" if why == "all" else "l1").peft.train(why != "evaluation")
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no gradients"])
+@pytest.mark.parametrize("why", ["labels", "prompt_mask", "all"])
+def test_no_warning_where_the_prompt_is_known(why, mode):
+    model = make_pair("all" if why == "all" else "l1").peft.train(mode != "evaluation")
     ids = torch.arange(3, 11)[None]
     told = {}
     if why == "labels":
         told = {"labels": ids.masked_fill(torch.arange(8) < 4, -100)}
     elif why == "prompt_mask":
         told = {"prompt_mask": torch.arange(8)[None] < 4}
-    with warnings.catch_warnings(), torch.set_grad_enabled(why != "no gradients"):
+    with warnings.catch_warnings(), torch.set_grad_enabled(mode != "no gradients"):
         warnings.simplefilter("error", UserWarning)
         model(input_ids=ids, **told)
+
+
+@pytest.mark.parametrize("spec", ["l1", "f2+l2", "prompt", "c2", "completion", "f1+c1"])
+def test_scoring_without_a_prompt_warns_once_a_model_and_names_the_remedies(spec):
+    model = make_pair(spec).peft.eval()
+    ids = torch.arange(3, 11)[None]
+    with pytest.warns(UserWarning, match="the whole sequence counts as prompt") as caught:
+        first, again = (model(input_ids=ids).logits for _ in range(2))
+    told = [str(warning.message) for warning in caught if "counts as prompt" in str(warning.message)]
+    assert len(told) == 1
+    for remedy in ("labels", "prompt_mask", "prompt_mask_of"):
+        assert remedy in told[0]
+    assert torch.equal(first, again)
+    assert torch.equal(first, model(input_ids=ids, prompt_mask=torch.ones_like(ids)).logits)
+
+
+@pytest.mark.parametrize("spec", ["f2", "all"])
+def test_scoring_does_not_warn_where_the_end_of_the_prompt_does_not_matter(spec):
+    model = make_pair(spec).peft.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(input_ids=torch.arange(3, 11)[None])
 
 
 def test_a_training_batch_in_which_nothing_is_edited_warns():
@@ -204,12 +229,14 @@ def test_data_parallel_is_refused():
         model(input_ids=torch.tensor([[3, 4]]))
 
 
-def test_a_pass_without_gradients_keeps_nothing_alive(batch):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_pass_is_kept_no_longer_than_its_graph(gradients, batch):
     model = make_pair("l1").peft
-    tracker = model.base_model.model.model.layers[0].reft.tracker
-    with torch.no_grad():
-        model(input_ids=batch.ids, attention_mask=batch.mask)
-    assert tracker.plans == {}
+    with torch.set_grad_enabled(gradients):
+        output = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels)
+    del output
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Pass)]
 
 
 def test_continuous_batching_is_refused():

@@ -11,6 +11,8 @@ from adapters import IDS, layers_of, logits, lora, reft, trainable
 from peft import PeftModel, get_peft_model
 from reference import gram_schmidt
 
+from peft_reft.interventions import Scope
+
 LOW_RANK = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
 TWO = {"positions": "f1+l2", "share_weights": False}
 
@@ -53,7 +55,7 @@ def assert_sum(model, names, weights, new: str = "sum") -> None:
         hidden = torch.randn(3, layer.out_features, dtype=torch.float64)
         for unit in range(units):
             gate = torch.eye(units, dtype=torch.float64)[unit].expand(3, -1)
-            got = own(hidden, gate, strength=layer.reft_settings[new].strength)
+            got = own(hidden, Scope(gate, strength=layer.reft_settings[new].strength))
             for h, edit in zip(hidden, got, strict=True):
                 expected = sum(
                     weight * layer.reft_settings[name].strength * edit_by_loops(layer, name, h, unit)

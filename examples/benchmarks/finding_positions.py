@@ -17,9 +17,10 @@ import torch
 from harness import Clock, Spread, finish, interleave, parser, start, table, time_often
 
 from peft_reft.tokens.generation import Generation
-from peft_reft.tokens.passes import Plan, Selection
+from peft_reft.tokens.passes import Stream
 from peft_reft.tokens.positions import Positions, parse
-from peft_reft.tokens.prompts import Tokens, prompt_plan
+from peft_reft.tokens.prompts import CallTokens, Told
+from peft_reft.tokens.selections import Selection
 
 TRAINING, PACKED, GENERATION = "training, right-padded", "training, packed", "generate, left-padded"
 SPECS = ("f7+l7", "prompt", "completion", "all")
@@ -37,8 +38,8 @@ def main() -> None:
     # One feature: nothing but the shape and the device of the representations counts.
     hidden = torch.zeros(args.batch, args.tokens, 1, device=device)
     finders = {
-        f"{case}, {spec}": partial(find, plan, parse(spec), hidden)
-        for case, plan in plans(args.batch, args.tokens, device).items()
+        f"{case}, {spec}": partial(find, stream, parse(spec), hidden)
+        for case, stream in streams(args.batch, args.tokens, device).items()
         for spec in SPECS
     }
     times = interleave({name: time_often(run, clock) for name, run in finders.items()}, args.rounds)
@@ -47,25 +48,29 @@ def main() -> None:
     finish(args, {"times": results}, f"{heading}\n\n{report(results)}")
 
 
-def find(plan: Callable[[], Plan], positions: Positions, hidden: torch.Tensor) -> Selection | None:
-    return plan().selection(positions, hidden, "block")
+def find(stream: Callable[[], Stream], positions: Positions, hidden: torch.Tensor) -> Selection | None:
+    return stream().select(positions, hidden, "block")
 
 
-def plans(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Plan]]:
-    """Case -> what plans a pass of it."""
+def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Stream]]:
+    """Case -> what makes the stream of a pass of it."""
     call = example(batch, tokens, device)
     flipped = {name: value.flip(-1) for name, value in call.items()}
 
-    def generation() -> Plan:
+    def generation() -> Stream:
         real = flipped["attention_mask"] != 0  # as `generate` has it once a call
-        return Generation(real, real, 0).plan(Tokens.of(flipped))
+        return Generation(flipped["input_ids"], real, real, 0).stream(CallTokens.of(flipped), in_graph=False)
+
+    def training(call: Mapping[str, torch.Tensor]) -> Stream:
+        told = CallTokens.of(call)
+        return Told(told.shape, training=True, tokens=told, language_model=True)
 
     packed = {name: value for name, value in call.items() if name != "attention_mask"}
     packed["position_ids"] = torch.arange(tokens, device=device).remainder(tokens // 4).expand(batch, tokens)
     packed["labels"] = torch.where(packed["position_ids"] < tokens // 8, -100, packed["input_ids"])
     return {
-        TRAINING: lambda: prompt_plan(Tokens.of(call), language_model=True, training=True),
-        PACKED: lambda: prompt_plan(Tokens.of(packed), language_model=True, training=True),
+        TRAINING: partial(training, call),
+        PACKED: partial(training, packed),
         GENERATION: generation,
     }
 

@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft.analysis.directions import evaluating
-from peft_reft.components import INPUT
+from peft_reft.components import DECODER, INPUT
 from peft_reft.layer import ReftLayer, first_tensor, layers
-from peft_reft.tokens.passes import DECODER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,27 +67,28 @@ def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None =
     Raises:
         ValueError: the model has no ReFT adapters, or they edit both stacks and `stream` is not given.
     """
-    places = [(module, layer) for module, layer in layers(model) if stream in (None, layer.stream)]
-    streams = {layer.stream for _, layer in places}
+    places = [layer for layer in layers(model) if stream in (None, layer.stream)]
+    streams = {layer.stream for layer in places}
     if not places:
         raise ValueError("The model has no ReFT adapters" + (f" in its {stream}." if stream else "."))
     if len(streams) > 1:
         raise ValueError(f"The adapters edit both stacks; choose one with stream='encoder' or stream={DECODER!r}.")
     sizes: dict[ReftLayer, torch.Tensor] = {}
-    handles = [handle for module, layer in places for handle in _watch(module, layer, sizes)]
+    handles = [handle for layer in places for handle in _watch(layer, sizes)]
     try:
         with evaluating(model):
             model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    seen = [layer for _, layer in places if layer in sizes]
+    seen = [layer for layer in places if layer in sizes]
     names = (layer.site_name + (" input" if layer.side == INPUT else "") for layer in seen)
     return EditNorms(torch.stack([sizes[layer] for layer in seen], dim=-1), tuple(names))
 
 
-def _watch(module: nn.Module, layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[RemovableHandle]:
+def _watch(layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[RemovableHandle]:
     """Hooks around that of a layer, which measure its edits."""
+    module = layer.host
     before: list[torch.Tensor] = []
 
     def measure(value: Any) -> None:

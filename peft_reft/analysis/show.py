@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from peft_reft.components import DECODER
 from peft_reft.layer import ReftLayer
-from peft_reft.tokens.passes import DECODER
 from peft_reft.tokens.positions import Positions
-from peft_reft.tokens.prompts import Tokens, encoder_plan, prompt_plan
+from peft_reft.tokens.prompts import CallTokens, Told
 
 Messages = Sequence[dict[str, Any]]
 
@@ -96,11 +96,10 @@ def _edits(model: nn.Module, ids: list[int], prompt_length: int) -> list[_Edits]
             layers.update((name, layer.reft_settings[name].positions, layer.stream) for name in adapters)
     edits = []
     for (adapter, positions, stream), count in layers.items():
-        if stream == DECODER:
-            plan = prompt_plan(Tokens.of({"input_ids": input_ids, "prompt_mask": prompt_mask}), language_model=False)
-        else:
-            plan = encoder_plan(Tokens.of({"input_ids": input_ids}))
-        edits.append(_Edits(adapter, positions, count, plan.codes(positions, input_ids.device)[0].tolist()))
+        call = {"input_ids": input_ids} | ({"prompt_mask": prompt_mask} if stream == DECODER else {})
+        tokens = CallTokens.of(call)
+        told = Told(tokens.shape, tokens=tokens)
+        edits.append(_Edits(adapter, positions, count, told.grid(positions)[0].tolist()))
     return edits
 
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from peft_reft.tokens import positions as pos
-from peft_reft.tokens.passes import Plan, WholeSequence, rows_of_batch
+from peft_reft.tokens.passes import Stream, Untold
 from peft_reft.tokens.positions import Positions
-from peft_reft.tokens.runs import Runs, Segments
+from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments, rows_of_batch
+from peft_reft.trainers import refuse_cut_samples, refuse_unlabeled, running_trainer
+
+# The attribute of a cache that tells which of its tokens were prompt. So it is copied and dropped with the cache.
+RECORD = "peft_reft_record"
 
 _PROMPT_UNKNOWN = (
     "positions='{}' needs to know where the prompt ends, but this language model is trained without labels or "
     "prompt_mask in its forward pass, so the whole sequence counts as prompt. Generation would edit other tokens. Pass "
     "labels (-100 on the prompt) or prompt_mask to forward."
+)
+_SCORING = (
+    "positions='{}' needs to know where the prompt ends, but this pass of a language model has neither labels nor "
+    "prompt_mask, so the whole sequence counts as prompt. That is right for a prompt whose next token is asked for; a "
+    "score of an answer needs labels (-100 on the prompt) or prompt_mask in forward, or, around code that cannot pass "
+    "them, `with peft_reft.prompt_mask_of(model, mask):`. This is said once."
 )
 _TURN_UNKNOWN = (
     "positions='{}' needs to know whether the tokens that go on from this cache are prompt. Outside generate they "
@@ -26,22 +35,31 @@ _TURN_UNKNOWN = (
     "or hand the loop to generate as custom_generate."
 )
 
+_CONTINUOUS_BATCHING = (
+    "Continuous batching (generate_batch, cache_implementation='paged') mixes prompts and generated tokens in one row, "
+    "which ReFT's positions do not support. Use generate()."
+)
+
 
 @dataclass(frozen=True)
-class Tokens:
+class CallTokens:
     """What the arguments of one pass say about its tokens.
 
     Attributes:
-        shape: `(batch, tokens)` of the pass, None if they do not tell.
+        shape: `(batch, tokens)` of the pass.
         device: where the tokens are.
+        ids: the token ids, None for embeddings.
+        cache: the cache that the pass continues.
         past: number of tokens in the cache: a tensor for caches made to be compiled, None for one without a length.
         mask: the attention mask as passed, of any kind.
         labels, prompt_mask: as passed.
         starts: bool `[batch, tokens]`, first tokens of packed sequences, None where nothing is packed.
     """
 
-    shape: tuple[int, int] | None
+    shape: tuple[int, int]
     device: torch.device | None = None
+    ids: torch.Tensor | None = None
+    cache: Any = None
     past: int | torch.Tensor | None = 0
     mask: Any = None
     labels: torch.Tensor | None = None
@@ -49,26 +67,31 @@ class Tokens:
     starts: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, call: Mapping[str, Any]) -> Tokens:
-        """The tokens of a model with one stream, or of an encoder."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        like = embeds if _has_axes(embeds, 3) else ids if _has_axes(ids, 2) else None
+    def of(cls, call: Mapping[str, Any]) -> CallTokens | None:
+        """The tokens of a model with one stream, or of an encoder; None if the arguments do not tell them."""
+        ids = call.get("input_ids")
+        embeds = (value for name in ("inputs_embeds", "hidden_states") if _has_axes(value := call.get(name), 3))
+        like = next(embeds, ids if _has_axes(ids, 2) else None)
         if like is None:
-            return cls(None)
+            return None
         shape = tuple(like.shape[:2])
-        labels = call.get("labels")
+        labels, cache = call.get("labels"), find_cache(call)
+        if type(cache).__name__ == "PagedAttentionCache":
+            raise NotImplementedError(_CONTINUOUS_BATCHING)
         return cls(
             shape,
             like.device,
-            cache_length(call),
+            ids if like is ids else None,
+            cache,
+            cache_length(cache),
             call.get("attention_mask"),
             labels if _has_axes(labels, 2) and tuple(labels.shape) == shape else None,
             call.get("prompt_mask"),
-            _packed_starts(call, shape),
+            None if cache is not None else _packed_starts(call, shape),
         )
 
     @classmethod
-    def of_decoder(cls, call: Mapping[str, Any]) -> Tokens:
+    def of_decoder(cls, call: Mapping[str, Any]) -> CallTokens | None:
         """The decoder's tokens of an encoder-decoder model; without any of their own they are made from the labels."""
         own = {name.removeprefix("decoder_"): value for name, value in call.items() if name.startswith("decoder_")}
         labels = call.get("labels")
@@ -89,24 +112,40 @@ class Tokens:
         return real.to(self.device)
 
 
+@dataclass
+class Record:
+    """What a cache remembers of the passes that filled it.
+
+    Attributes:
+        prompt: bool `[batch, tokens]`, those of its tokens which were prompt.
+        last: `[batch]`, the last generated token, which is not in the cache yet; None outside `generate`.
+    """
+
+    prompt: torch.Tensor
+    last: torch.Tensor | None = None
+
+
 def _has_axes(value: Any, axes: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == axes
 
 
 def find_cache(call: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, None if there is none.
+    """The cache among the arguments of a call (or the values of an output), None if there is none.
 
-    Known by what it is, since releases of Transformers rename the argument. Only recurrent states without a method of
-    their own are known by the names that Transformers has for them.
+    It is known by what it is, since releases of Transformers rename the argument. Only recurrent states without a
+    method of their own are known by the names that Transformers has for them.
     """
-    values = [value for value in call.values() if hasattr(value, "get_seq_length")]
-    values += [call[name] for name in ALL_CACHE_NAMES if call.get(name) is not None]
-    return values[0] if values else None
+    for value in call.values():
+        if hasattr(value, "get_seq_length"):
+            return value
+    for name in ALL_CACHE_NAMES:
+        if call.get(name) is not None:
+            return call[name]
+    return None
 
 
-def cache_length(call: Mapping[str, Any]) -> int | torch.Tensor | None:
-    """See `Tokens.past`."""
-    cache = find_cache(call)
+def cache_length(cache: Any) -> int | torch.Tensor | None:
+    """See `CallTokens.past`."""
     if cache is None:
         return 0
     try:
@@ -119,13 +158,13 @@ def cache_length(call: Mapping[str, Any]) -> int | torch.Tensor | None:
 
 def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
     # By the rule of Transformers' own masks: without an attention mask and a cache, position ids that do not go on.
-    if call.get("attention_mask") is not None or find_cache(call) is not None:
+    if call.get("attention_mask") is not None:
         return None
     position_ids = call.get("position_ids")
     if _has_axes(position_ids, 3) and position_ids.shape[0] == 4:  # text positions, then the three of M-RoPE
         position_ids = position_ids[0]
     if _has_axes(position_ids, 2) and position_ids.shape[1] == shape[1]:
-        return pos.sequence_starts(position_ids.expand(shape))
+        return sequence_starts(position_ids.expand(shape))
     ends = call.get("cu_seq_lens_q")
     if isinstance(ends, torch.Tensor):
         # The end of the last sequence, which some collators repeat, falls behind the row.
@@ -135,8 +174,15 @@ def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Ten
     return None
 
 
+def sequence_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """First tokens of packed sequences: where `position_ids` `[batch, tokens]` does not continue by one; bool."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
+
+
 def _real_tokens(mask: Any, tokens: int, past: int) -> torch.Tensor | None:
-    """See `Tokens.real`; None where the mask says nothing about padding."""
+    """See `CallTokens.real`; None where the mask says nothing about padding."""
     if isinstance(mask, Mapping):  # one for each kind of attention
         mask = next((value for value in mask.values() if isinstance(value, torch.Tensor)), None)
     if _has_axes(mask, 2):
@@ -154,14 +200,16 @@ def _real_tokens(mask: Any, tokens: int, past: int) -> torch.Tensor | None:
 
 
 def _real_from_attention(mask: torch.Tensor, tokens: int, past: int) -> torch.Tensor:
-    """Real tokens according to a prepared mask `[batch, tokens, keys]`, boolean or additive.
+    """Real tokens according to a prepared mask `[batch, tokens or 1, keys]`, boolean or additive.
 
     A padding token is one that may not attend to itself, or whose row allows everything: Transformers opens rows that
     would be masked completely. The last row of a causal mask allows everything by right, and so do all rows of an
-    unpadded bidirectional one.
+    unpadded bidirectional one. Encoders of old pass one row for all queries.
     """
     # Callers fill with the lowest number of some dtype, minus infinity, or a round number such as -1e4.
     allowed = mask if mask.dtype == torch.bool else mask > -1e3
+    if mask.shape[1] == 1 and tokens > 1:
+        return allowed[:, 0]
     new = allowed[:, -tokens:, past : past + tokens]
     everything = new.all(-1)
     rightful = everything.all(-1, keepdim=True) | (torch.arange(tokens, device=mask.device) == tokens - 1)
@@ -169,13 +217,15 @@ def _real_from_attention(mask: torch.Tensor, tokens: int, past: int) -> torch.Te
     return torch.cat([allowed[:, -1, :past], real], dim=1)
 
 
-def checked_prompt_mask(mask: Any, real: torch.Tensor, past: int) -> torch.Tensor:
+def checked_prompt_mask(mask: Any, real: torch.Tensor, past: int, cache: Any = None) -> torch.Tensor:
     """A caller's `prompt_mask` as bool `[batch, past + tokens]`.
 
     Args:
         mask: bool or 0/1 integers, `[batch, tokens]` or `[batch, past + tokens]`.
         real: bool `[batch, past + tokens]`.
-        past: number of tokens in the cache; all of them are prompt unless the mask covers them.
+        past: number of tokens in the cache. Unless the mask covers them they are prompt, all but those of which the
+            cache remembers that they were not.
+        cache: the cache.
 
     Raises:
         ValueError: anything else.
@@ -189,78 +239,101 @@ def checked_prompt_mask(mask: Any, real: torch.Tensor, past: int) -> torch.Tenso
         expected = " or ".join(str((batch, tokens)) for tokens in dict.fromkeys((length - past, length)))
         raise ValueError(f"prompt_mask must have the shape {expected} of this pass, got {tuple(mask.shape)}.")
     prompt = mask.to(real.device) != 0
-    return prompt if mask.shape[1] == length else torch.cat([real[:, :past], prompt], dim=1)
+    return prompt if mask.shape[1] == length else torch.cat([recalled(cache, real, past)[:, :past], prompt], dim=1)
 
 
-def assign(
-    positions: Positions,
-    prompt: torch.Tensor,
-    real: torch.Tensor,
-    starts: torch.Tensor | None = None,
-    turn: int = 0,
-) -> torch.Tensor:
-    """Codes of the tokens (see `positions.assign`) in a graph; a token at index `turn` > 0 opens a new span."""
-    if not positions.needs_prompt:
-        return real.to(torch.int8) * positions.tail
-    breaks = torch.arange(real.shape[1], device=real.device) == turn if turn else None
-    return pos.assign(positions, prompt, pos.completion_of(prompt, real, starts), starts, breaks)
+def recalled(cache: Any, prompt: torch.Tensor, past: int) -> torch.Tensor:
+    """`prompt` `[batch, past + ...]` without the tokens of which the cache remembers that they were none."""
+    record: Record | None = getattr(cache, RECORD, None)
+    if record is None or prompt.shape[0] % record.prompt.shape[0]:
+        return prompt
+    earlier = record.prompt.repeat_interleave(prompt.shape[0] // record.prompt.shape[0], dim=0).to(prompt.device)
+    cached = min(past, earlier.shape[1])
+    prompt = prompt.clone()
+    prompt[:, :cached] &= earlier[:, :cached]
+    return prompt
 
 
-def prompt_plan(tokens: Tokens, language_model: bool, training: bool = False) -> Plan:
-    """Plan of a pass through a model with one stream of tokens, outside `generate`.
+@dataclass(eq=False)
+class Told(Stream):
+    """The tokens of a pass outside `generate`, whose prompt is what its caller says.
 
-    The prompt is `prompt_mask`, or else what next-token `labels` leave out, or else the whole real sequence. The
-    latter, when a language model is in training, gives a warning: it is seldom meant.
+    It is `prompt_mask`, or else what next-token `labels` leave out, or else the whole real sequence. The latter is
+    seldom meant where a language model is trained or scores, and gives a warning.
+
+    Attributes:
+        tokens: what the call says.
+        language_model: whether labels are next-token labels.
+        said: what was said once already, shared by all passes of a model.
     """
-    if tokens.shape is None:
-        return WholeSequence()
 
-    runs: list[Runs] = []
+    tokens: CallTokens | None = None
+    language_model: bool = False
+    said: set[str] = field(default_factory=set)
+    _kept: Marks | None = field(default=None, init=False)
 
-    def codes(positions: Positions) -> torch.Tensor | Segments | int:
+    def segments(self, positions: Positions, shape: tuple[int, int]) -> Segments:
+        tokens = self.tokens
         if tokens.mask is None and not positions.needs_prompt:
-            return positions.tail
-        guessed = tokens.prompt_mask is None and (tokens.labels is None or not language_model)
-        if torch.compiler.is_compiling():
-            return _codes_in_graph(tokens, positions, guessed)
-        if guessed and language_model and positions.needs_prompt:
-            _warn_of_guess(positions, training, tokens.past_on_host)
-        if not runs:
-            runs.append(_runs(tokens, guessed))
-        return runs[0].segments(positions).without_past(tokens.past_on_host)
+            return Segments.alike(self.shape, positions.tail)
+        if self.language_model and positions.needs_prompt and tokens.prompt_mask is None:
+            self._check_told(positions)
+        return self._marks(in_graph=False).segments(positions, tokens.past_on_host)
 
-    return Plan(tokens.shape, codes, training)
+    def code_of_all(self, positions: Positions) -> int | None:
+        return positions.tail if self.tokens.mask is None and not positions.needs_prompt else None
+
+    def codes(self, positions: Positions) -> torch.Tensor:
+        return self._marks(in_graph=True).codes(positions, self.tokens.past_on_host)
+
+    def prompt(self) -> torch.Tensor:
+        """Which tokens are prompt, those in the cache included; bool `[batch, past + tokens]` on the CPU."""
+        return self._marks(in_graph=False).prompt_grid()
+
+    def _marks(self, in_graph: bool) -> Marks:
+        if self._kept is None:
+            self._kept = self._make_marks(in_graph)
+        return self._kept
+
+    def _make_marks(self, in_graph: bool) -> Marks:
+        tokens, past, real = self.tokens, self.tokens.past_on_host, self.tokens.real()
+        starts = None if tokens.starts is None else tokens.starts.to(real.device)
+        if tokens.prompt_mask is not None:
+            prompt = checked_prompt_mask(tokens.prompt_mask, real, past, tokens.cache)
+            if not in_graph:
+                _refuse_padding((prompt & ~real)[:, past:])
+            return Marks(real, prompt=prompt, starts=starts, turn=past)
+        if tokens.labels is None or not self.language_model:
+            return Marks(real, prompt=real, starts=starts, turn=past)
+        labels = tokens.labels.to(real.device)
+        labels = torch.nn.functional.pad(labels, (past, 0), value=IGNORE_INDEX) if past else labels
+        return Marks(real, labels=labels, starts=starts, turn=past)
+
+    def _check_told(self, positions: Positions) -> None:
+        trainer = running_trainer() if self.training else None
+        if self.tokens.labels is None:
+            self._warn_of_guess(positions, trainer)
+        elif trainer is not None:
+            refuse_cut_samples(trainer, positions)
+
+    def _warn_of_guess(self, positions: Positions, trainer: Any | None) -> None:
+        if trainer is not None:
+            refuse_unlabeled(trainer, positions)
+        elif self.training:
+            warnings.warn(_PROMPT_UNKNOWN.format(positions), stacklevel=2)
+        elif self.tokens.past_on_host:
+            warnings.warn(_TURN_UNKNOWN.format(positions), stacklevel=2)
+        elif positions.kinds.keys() - {"first"} and _SCORING not in self.said:
+            self.said.add(_SCORING)
+            warnings.warn(_SCORING.format(positions), stacklevel=2)
 
 
-def _runs(tokens: Tokens, guessed: bool) -> Runs:
-    past, real = tokens.past_on_host, tokens.real()
-    starts = None if tokens.starts is None else tokens.starts.to(real.device)
-    if tokens.prompt_mask is not None:
-        prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
-        _refuse_padding((prompt & ~real)[:, past:])
-        return Runs.of_prompt(prompt, real, starts, turn=past)
-    if guessed:
-        return Runs.of_prompt(real, real, starts, turn=past)
-    return Runs.of_labels(_labels(tokens, real), real, starts, turn=past)
-
-
-def _codes_in_graph(tokens: Tokens, positions: Positions, guessed: bool) -> torch.Tensor:
-    """Codes of the tokens by operations on tensors alone; nothing is refused, which would take a look at the values."""
-    past, real = tokens.past_on_host, tokens.real()
-    starts = None if tokens.starts is None else tokens.starts.to(real.device)
-    if tokens.prompt_mask is not None:
-        prompt = checked_prompt_mask(tokens.prompt_mask, real, past)
-    elif guessed:
-        prompt = real
-    else:
-        prompt = pos.prompt_from_labels(_labels(tokens, real), real, starts)
-    return assign(positions, prompt, real, starts, turn=past)[:, past:]
-
-
-def _labels(tokens: Tokens, real: torch.Tensor) -> torch.Tensor:
-    past = tokens.past_on_host
-    labels = tokens.labels.to(real.device)
-    return torch.nn.functional.pad(labels, (past, 0), value=pos.IGNORE_INDEX) if past else labels
+def stream_of_module(args: tuple, kwargs: Mapping[str, Any]) -> Stream:
+    """The tokens of a module that is called alone, such as a block: all of them are prompt, less padding."""
+    tokens = None
+    if isinstance(kwargs.get("attention_mask"), torch.Tensor):
+        tokens = CallTokens.of({"hidden_states": args[0] if args else None} | dict(kwargs))
+    return Untold() if tokens is None else Told(tokens.shape, tokens=tokens)
 
 
 def _refuse_padding(contradictory: torch.Tensor) -> None:
@@ -273,32 +346,37 @@ def _refuse_padding(contradictory: torch.Tensor) -> None:
         )
 
 
-def _warn_of_guess(positions: Positions, training: bool, past: int) -> None:
-    if training:
-        warnings.warn(_PROMPT_UNKNOWN.format(positions), stacklevel=2)
-    elif past:
-        warnings.warn(_TURN_UNKNOWN.format(positions), stacklevel=2)
+@dataclass(eq=False)
+class Decoded(Stream):
+    """The decoder's tokens in an encoder-decoder model: none of them is prompt.
 
+    Attributes:
+        tokens: what the call says, None if nothing.
+    """
 
-def encoder_plan(tokens: Tokens) -> Plan:
-    """Plan of an encoder's tokens: all of them are prompt."""
-    return prompt_plan(tokens, language_model=False)
+    shape: tuple[int, int] = (0, 0)
+    tokens: CallTokens | None = None
 
+    def segments(self, positions: Positions, shape: tuple[int, int]) -> Segments:
+        code = self.code_of_all(positions)
+        if code is not None:
+            return Segments.alike(shape, code)
+        return Marks(self.tokens.real()).segments(positions, self.tokens.past_on_host)
 
-def decoder_plan(tokens: Tokens) -> Plan:
-    """Plan of the decoder's tokens in an encoder-decoder model: none of them is prompt."""
-
-    def codes(positions: Positions) -> torch.Tensor | Segments | int | None:
-        if tokens.shape is None and positions.counted:
+    def code_of_all(self, positions: Positions) -> int | None:
+        if self.tokens is None and positions.counted:
             raise ValueError(
                 f"positions={str(positions)!r} counts the decoder's tokens, but this pass does not tell them: pass "
                 "decoder_input_ids or labels."
             )
-        if tokens.shape is None or (tokens.mask is None and not positions.counted):
-            return positions.tail or None
-        real = tokens.real()
-        if torch.compiler.is_compiling():
-            return pos.assign(positions, torch.zeros_like(real), real)[:, tokens.past_on_host :]
-        return Runs.of_completion(real).segments(positions).without_past(tokens.past_on_host)
+        return positions.tail if self.tokens is None or (self.tokens.mask is None and not positions.counted) else None
 
-    return Plan(tokens.shape, codes)
+    def codes(self, positions: Positions) -> torch.Tensor:
+        return Marks(self.tokens.real()).codes(positions, self.tokens.past_on_host)
+
+    def _is_cut(self, hidden: torch.Tensor) -> bool:
+        return self.tokens is not None and super()._is_cut(hidden)
+
+    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+        if self.tokens is not None:
+            super()._check_shape(positions, hidden, name)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from peft_reft.modules import modules_around
-from peft_reft.stacked import Member, Stacked, family, stack
 from peft_reft.tokens.positions import Positions
-
-if TYPE_CHECKING:
-    from peft_reft.layer import ReftLayer
 
 # PEFT's name for a row without an adapter.
 BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class AdapterNames:
+    """What a call may ask of an adapter.
+
+    Attributes:
+        positions: its position spec.
+        subspaces: names of its subspaces.
+        modules: whether it has modules of the model to itself (`modules_to_save`).
+    """
+
+    positions: Positions
+    subspaces: tuple[str, ...] = ()
+    modules: bool = False
 
 
 # Not frozen: torch.compile hashes frozen dataclasses by their fields.
@@ -30,27 +37,7 @@ class RowPositions:
     masks: Mapping[Positions, torch.Tensor]
 
 
-@dataclass(eq=False)
-class RowEdit:
-    """What one layer does to the rows whose interventions can be stacked.
-
-    `members` are distinct, `index` int64 `[rows]` tells which of them edits a row, -1 for none.
-    """
-
-    members: list[Member]
-    index: torch.Tensor
-    positions: RowPositions
-    _stacked: dict[torch.dtype, Stacked] = field(default_factory=dict)
-
-    def stacked(self, dtype: torch.dtype) -> Stacked:
-        if torch.is_grad_enabled():
-            return stack(self.members, self.index, dtype)
-        if dtype not in self._stacked:
-            self._stacked[dtype] = stack(self.members, self.index, dtype)
-        return self._stacked[dtype]
-
-
-class Rows:
+class RowRequests:
     """What a caller asks of each row, for the length of one call.
 
     Args:
@@ -71,12 +58,12 @@ class Rows:
             )
         # Inside `generate` rows may be repeated after the check.
         self.checked = False
-        self._edits: dict[tuple[int, int], list[RowEdit]] = {}
-        self._heads: dict[int, list[AuxiliaryTrainingWrapper]] = {}
+        # What layers keep for the length of the call.
+        self.kept: dict[tuple, Any] = {}
         self._positions: dict[tuple[Positions | None, ...], RowPositions] = {}
 
     @classmethod
-    def of(cls, call: Mapping[str, Any], outer: Rows | None) -> Rows | None:
+    def of(cls, call: Mapping[str, Any], outer: RowRequests | None) -> RowRequests | None:
         """From the arguments of a call, or of the call around it."""
         adapters, subspaces = call.get("adapter_names"), call.get("subspaces")
         if adapters is None and subspaces is None:
@@ -91,23 +78,25 @@ class Rows:
         """Name of the argument that asks."""
         return "subspaces" if self.adapters is None else "adapter_names"
 
-    def check(self, adapters: Mapping[str, Iterable[str]], training: bool, batch: int | None) -> None:
+    def check(self, adapters: Mapping[str, AdapterNames], training: bool, batch: int | None) -> None:
         """Refuse what cannot be meant, in the words of PEFT where it has some.
 
         Args:
-            adapters: name of each adapter of the model -> names of its subspaces.
+            adapters: the adapters of the model, by name.
             training: whether the model is in training mode.
             batch: number of rows, None as long as it is not known.
 
         Raises:
             ValueError: an unknown name, a number of rows other than `batch`, or adapters in training mode.
         """
+        if self.checked:
+            return
         if self.adapters is not None and training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = sorted(set(self.adapters or ()) - {BASE, *adapters})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        known = {name for names in adapters.values() for name in names}
+        known = {name for adapter in adapters.values() for name in adapter.subspaces}
         unknown = sorted({name for names in self.subspaces or () for name in names} - known)
         if unknown:
             raise ValueError(f"Unknown subspace(s) {', '.join(unknown)}; the adapters have {sorted(known)}.")
@@ -119,55 +108,19 @@ class Rows:
                 )
         self.checked = batch is not None
 
-    def coordinates(self, layer: ReftLayer, adapter: str, batch: int) -> torch.Tensor | None:
-        """Which coordinates of an adapter's subspace each of `batch` rows edits, float `[batch, r]`; None for all."""
-        settings = layer.reft_settings[adapter]
-        if self.subspaces is None or not settings.subspaces:
-            return None
-        masks = [settings.mask(names) for names in self.subspaces]
-        return torch.stack([masks[i] for i in self._repeated(batch)])
+    def of_rows(self, batch: int) -> list[tuple[str | None, tuple[str, ...] | None]]:
+        """The adapter and the subspaces that each of the `batch` rows of a pass asks for.
 
-    def edits(self, layer: ReftLayer, batch: int) -> list[RowEdit]:
-        """What a layer does to the `batch` rows of its output, when each row has its own adapter."""
-        key = (id(layer), batch)
-        if key not in self._edits:
-            self._edits[key] = self._make_edits(layer, batch)
-        return self._edits[key]
-
-    def choose_heads(self, module: nn.Module) -> list[RemovableHandle]:
-        """Let the modules inside `module` that PEFT trains whole (`modules_to_save`) run each row through its adapter's
-        copy, until the handles are removed.
+        Raises:
+            ValueError: the rows cannot be told apart.
         """
-        if self.adapters is None:
-            return []
-        if id(module) not in self._heads:
-            self._heads[id(module)] = [m for m in modules_around(module) if isinstance(m, AuxiliaryTrainingWrapper)]
-        return [head.register_forward_pre_hook(self._name_rows, with_kwargs=True) for head in self._heads[id(module)]]
+        rows = self._repeated(batch)
+        adapters = [None if self.adapters is None else self.adapters[i] for i in rows]
+        subspaces = [None if self.subspaces is None else self.subspaces[i] for i in rows]
+        return list(zip(adapters, subspaces, strict=True))
 
-    def _name_rows(self, head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        # Adapters without a copy use the original.
-        names = [self.adapters[i] for i in self._repeated(len(args[0]))]
-        return args, kwargs | {"adapter_names": [name if name in head._adapters else BASE for name in names]}
-
-    def _make_edits(self, layer: ReftLayer, batch: int) -> list[RowEdit]:
-        names = [self.adapters[i] for i in self._repeated(batch)]
-        subspaces = [None if self.subspaces is None else self.subspaces[i] for i in self._repeated(batch)]
-        families: dict[type, list[tuple[str, tuple[str, ...] | None]]] = {}
-        for key in dict.fromkeys(zip(names, subspaces, strict=True)):
-            settings = layer.reft_settings.get(key[0])
-            if settings is not None and settings.strength != 0:
-                families.setdefault(family(layer.reft_intervention[key[0]]), []).append(key)
-        edits = []
-        for keys in families.values():
-            number = {key: i for i, key in enumerate(keys)}
-            index = [number.get(key, -1) for key in zip(names, subspaces, strict=True)]
-            specs = tuple(layer.reft_settings[names[i]].positions if n >= 0 else None for i, n in enumerate(index))
-            members = [_member(layer, *key) for key in keys]
-            edits.append(RowEdit(members, torch.tensor(index), self._row_positions(specs)))
-        return edits
-
-    def _row_positions(self, specs: tuple[Positions | None, ...]) -> RowPositions:
-        # One object for all layers with the same specs, so that a plan selects their tokens once.
+    def positions(self, specs: tuple[Positions | None, ...]) -> RowPositions:
+        """The specs of the rows, None for no edit: one object for all layers, so that tokens are selected once."""
         if specs not in self._positions:
             distinct = [spec for spec in dict.fromkeys(specs) if spec is not None]
             masks = {spec: torch.tensor([other == spec for other in specs]) for spec in distinct}
@@ -183,14 +136,6 @@ class Rows:
                 "cannot be told apart. Decoding loops must keep all rows, or repeat each of them equally often."
             )
         return [row // (batch // count) for row in range(batch)]
-
-
-def _member(layer: ReftLayer, name: str, subspaces: tuple[str, ...] | None) -> Member:
-    settings = layer.reft_settings[name]
-    coordinates = settings.coordinates
-    if subspaces is not None and settings.subspaces:
-        coordinates = settings.mask(subspaces)
-    return Member(layer.reft_intervention[name], settings.strength, coordinates)
 
 
 def _as_names(names: Iterable[str]) -> tuple[str, ...]:

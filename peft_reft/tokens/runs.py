@@ -1,20 +1,41 @@
-"""The position language on runs of tokens: how a pass finds the tokens to edit, unless it is compiled.
+"""The position finder: from marks on the tokens of a batch to the tokens that a spec selects.
 
-A run is a stretch of tokens of one role in one sequence. A batch has few of them, so that all there is to do for every
-token is to see where its run ends; the rest is arithmetic on a handful of numbers, on the host. Compiled passes have
-the tensor functions of `positions` in their graph instead, which say the same.
+A run is a stretch of tokens of one role in one sequence. A batch has few runs, so each token is looked at only to see
+where its run ends; the rest is arithmetic on a handful of numbers, on the host. Graphs (compiled, traced, exported)
+call the same code as an opaque operator, `torch.ops.peft_reft.find_positions`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from peft_reft.tokens.positions import IGNORE_INDEX, Positions
+from peft_reft.tokens.positions import Positions, parse
+from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
+
+IGNORE_INDEX = -100
 
 PADDING, PROMPT, COMPLETION, BEFORE = range(4)
+# Added to the role of a token that opens a packed sequence.
+_OPENS = 4
+
+_REMEDIES = (
+    "Use prompt/completion data, or assistant_only_loss=True with conversations, so that the prompt carries no labels "
+    "(-100); or edit every token with positions='all'; or pass prompt_mask to forward."
+)
+_NOTHING_EDITED = (
+    "positions='{}' edits no token of this training batch: its prompts (or answers) are too short, or prompt_mask "
+    "marks nothing. Use longer ones, or positions='all'."
+)
+
+
+def rows_of_batch(rows: Sequence[int], batch: int) -> str:
+    """How messages name some rows of a batch."""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {batch}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,56 @@ class Segments:
         batch, tokens = shape
         return cls(shape, np.full(batch, tokens), np.full(batch, code, dtype=np.int8))
 
+    def selection(self, positions: Positions, batch: int, device: torch.device, training: bool) -> Selection | None:
+        """The tokens to edit, None for none.
+
+        Args:
+            positions: the spec that the codes are of.
+            batch: number of rows of the pass, each row here as often as the next.
+            device: where the selection is needed.
+            training: whether to warn when nothing is edited, and to select no tokens rather than None.
+
+        Raises:
+            ValueError: a row has no prompt, which `positions` needs; or rows cannot be told apart.
+        """
+        self.refuse_promptless(positions)
+        if batch != self.shape[0]:
+            repeated = Segments.of(repeat_rows(self.grid(), batch))
+            return repeated.selection(positions, batch, device, training)
+        total, edited = self.shape[0] * self.shape[1], self.edited
+        if edited == 0:
+            if not training:
+                return None
+            # The parameters get gradients, which are zero, and DDP does not wait for them.
+            warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
+        if positions.units == 1 and edited == total:
+            return EVERY_TOKEN
+        if 2 * edited > total:
+            return Selection(_moved(self.grid(), device))
+        flat_index, units = self.tokens()
+        units = None if positions.units == 1 else _moved(units.long() - 1, device)
+        return Selection(None, _moved(flat_index, device), units)
+
+    def of_rows(self, positions: Positions, rows: torch.Tensor) -> torch.Tensor:
+        """The code of each token of some `rows`, bool `[batch]`, 0 in the others; int8 `[batch, tokens]`.
+
+        Raises:
+            ValueError: see `selection`.
+        """
+        self.refuse_promptless(positions, rows)
+        return repeat_rows(self.grid(), len(rows)) * rows[:, None]
+
+    def refuse_promptless(self, positions: Positions, rows: Sequence[bool] | None = None) -> None:
+        """Raise a ValueError where a row (of those that `rows` chooses) has no prompt, which `positions` needs."""
+        promptless = [row for row in self.promptless if rows is None or rows[row]]
+        if promptless and positions.needs_prompt:
+            raise ValueError(
+                f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of "
+                f"{rows_of_batch(promptless, self.shape[0])} supervise the very first token, or, in packed sequences, all "
+                f"but the first one, which is how padding-free collators leave plain text: there is no prompt. "
+                f"{_REMEDIES}"
+            )
+
     @property
     def edited(self) -> int:
         """Number of edited tokens."""
@@ -67,8 +138,6 @@ class Segments:
 
     def without_past(self, past: int) -> Segments:
         """Less the first `past` tokens of each row."""
-        if past == 0:
-            return self
         batch, tokens = self.shape
         end = np.cumsum(self.lengths)
         begin = end - self.lengths
@@ -76,6 +145,141 @@ class Segments:
         first = begin // tokens * tokens + past
         lengths = np.maximum(end, first) - np.maximum(begin, first)
         return Segments((batch, tokens - past), lengths, self.codes, self.promptless)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # CUDA copies from ordinary memory without a wait for the device when told so.
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def edited_first(codes: torch.Tensor, device: torch.device) -> RowSelection | None:
+    """The selection of codes `[rows, tokens]`: of all tokens, or with an index where few are edited."""
+    most = int((codes > 0).sum(-1).max())
+    if most == 0:
+        return None
+    if 2 * most > codes.shape[1]:
+        return RowSelection(codes.to(device))
+    # A row with fewer edited tokens than others is filled up with tokens of code 0.
+    index = (codes > 0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    return RowSelection(codes.gather(1, index).to(device), index.to(device))
+
+
+def repeat_rows(codes: torch.Tensor, batch: int) -> torch.Tensor:
+    """Codes `[rows, tokens]` of a `generate` call for the `batch` rows of one of its passes.
+
+    Raises:
+        ValueError: the rows cannot be told apart.
+    """
+    rows = codes.shape[0]
+    if batch % rows:
+        raise ValueError(
+            f"generate was called with {rows} sequences, but a pass of it has {batch}, so they cannot be told apart. "
+            "Decoding loops must keep all rows, or repeat each of them equally often."
+        )
+    return codes.repeat_interleave(batch // rows, dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """What tells the prompt of each sequence of a batch.
+
+    Attributes:
+        real: bool `[batch, tokens]`, False on padding.
+        prompt: bool `[batch, tokens]`, where it is known; then tokens ahead of any prompt are no completion.
+        labels: `[batch, tokens]`, -100 where nothing is supervised: unlabeled tokens that a labeled one of their
+            sequence follows are prompt. A sequence without any label is all prompt: it has no completion. Without
+            `prompt` and `labels` all tokens are completion, as the decoder's in an encoder-decoder model.
+        starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
+        turn: index of a token that opens a new span even right behind a prompt token; 0 for none.
+    """
+
+    real: torch.Tensor
+    prompt: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    turn: int = 0
+    _runs: list[Runs] = field(default_factory=list, init=False)
+
+    def runs(self) -> Runs:
+        """The runs of the batch, found once."""
+        if not self._runs:
+            labeled = None
+            if self.labels is not None:
+                # NumPy compares integers in half the time that torch takes.
+                on_host = self.labels.device.type == "cpu"
+                labels = self.labels.numpy() if on_host else self.labels
+                labeled = torch.as_tensor(labels != IGNORE_INDEX)
+            self._runs.append(Runs.of(self._grid(labeled), *self._kind, self.turn))
+        return self._runs[0]
+
+    def segments(self, positions: Positions, past: int = 0) -> Segments:
+        """The code of each token after the first `past` of its row."""
+        segments = self.runs().segments(positions)
+        return segments.without_past(past) if past else segments
+
+    def grid(self, positions: Positions) -> torch.Tensor:
+        """The code of each token, int8 `[batch, tokens]` on the CPU."""
+        return self.runs().segments(positions).grid()
+
+    def prompt_grid(self) -> torch.Tensor:
+        """Which tokens are prompt, bool `[batch, tokens]` on the CPU."""
+        runs = self.runs()
+        lengths = _lengths(runs.begin, self.real.numel())
+        return torch.from_numpy(np.repeat(runs.roles == PROMPT, lengths).reshape(runs.shape))
+
+    def codes(self, positions: Positions, past: int = 0) -> torch.Tensor:
+        """The code of each token after the first `past`, int8 `[batch, tokens - past]`, by an operator for graphs.
+
+        Raises:
+            ValueError: when the graph runs, see `Segments.refuse_promptless`.
+        """
+        labeled = None if self.labels is None else self.labels != IGNORE_INDEX
+        return find_positions(self._grid(labeled), *self._kind, self.turn, past, str(positions), positions.shared)
+
+    @property
+    def _kind(self) -> tuple[bool, bool, bool]:
+        return self.starts is not None, self.labels is not None, self.prompt is not None
+
+    def _grid(self, labeled: torch.Tensor | None) -> torch.Tensor:
+        """One number a token, so that one transfer to the host will do: its role, more where a sequence begins."""
+        roles = self.real.to(torch.uint8)
+        if labeled is not None:
+            roles = roles + (self.real & labeled)
+        else:
+            roles = roles * COMPLETION if self.prompt is None else roles + (self.real & ~self.prompt)
+        return roles if self.starts is None else roles + self.starts * _OPENS
+
+
+@torch.library.custom_op("peft_reft::find_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def find_positions(
+    grid: torch.Tensor,
+    packed: bool,
+    told_by_labels: bool,
+    prompt_known: bool,
+    turn: int,
+    past: int,
+    spec: str,
+    shared: bool,
+) -> torch.Tensor:
+    """See `Marks.codes`. Opaque to compilers; on a GPU it waits for the tokens."""
+    positions = parse(spec, shared)
+    segments = Runs.of(grid, packed, told_by_labels, prompt_known, turn).segments(positions)
+    segments.refuse_promptless(positions)
+    return (segments.without_past(past) if past else segments).grid().to(grid.device)
+
+
+@find_positions.register_fake
+def _(
+    grid: torch.Tensor,
+    packed: bool,
+    told_by_labels: bool,
+    prompt_known: bool,
+    turn: int,
+    past: int,
+    spec: str,
+    shared: bool,
+) -> torch.Tensor:
+    return grid.new_empty((grid.shape[0], grid.shape[1] - past), dtype=torch.int8)
 
 
 @dataclass(frozen=True)
@@ -87,47 +291,43 @@ class Runs:
         begin: int64 `[runs]`, flat index of each run's first token.
         roles: `[runs]`, PADDING, PROMPT, COMPLETION, or BEFORE for real tokens ahead of any prompt of their sequence.
         sequence: int64 `[runs]`, numbers of the sequences; several in a row when they are packed.
-        promptless: rows with a sequence that has no prompt.
+        turn: see `Marks`.
+        promptless: rows with a sequence that has no prompt, or that looks as if plain text were packed into it.
     """
 
     shape: tuple[int, int]
     begin: np.ndarray
     roles: np.ndarray
     sequence: np.ndarray
+    turn: int = 0
     promptless: tuple[int, ...] = ()
 
     @classmethod
-    def of_labels(
-        cls, labels: torch.Tensor, real: torch.Tensor, starts: torch.Tensor | None = None, turn: int = 0
-    ) -> Runs:
-        """The runs that next-token labels describe, see `positions.prompt_from_labels`.
+    def of(cls, grid: torch.Tensor, packed: bool, told_by_labels: bool, prompt_known: bool, turn: int = 0) -> Runs:
+        """The runs of a batch. For tokens on a GPU this is the one host synchronization of a pass.
 
         Args:
-            labels: `[batch, tokens]`, -100 where nothing is supervised.
-            real: bool `[batch, tokens]`, False on padding.
-            starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
-            turn: see `of_prompt`.
+            grid: uint8 `[batch, tokens]`, the role of each token, more where a packed sequence begins.
+            packed: whether rows hold several sequences.
+            told_by_labels: whether COMPLETION means that a token has a label, and PROMPT that it has none.
+            prompt_known: whether tokens ahead of any prompt of their sequence are no completion.
+            turn: see `Marks`.
         """
-        # NumPy compares integers in half the time that torch takes.
-        on_host = labels.device.type == "cpu"
-        labeled = torch.from_numpy(labels.numpy() != IGNORE_INDEX) if on_host else labels != IGNORE_INDEX
-        runs = cls._of(real.to(torch.uint8) + (real & labeled).to(torch.uint8), starts, turn)
-        return runs._told_by_labels()
-
-    @classmethod
-    def of_prompt(
-        cls, prompt: torch.Tensor, real: torch.Tensor, starts: torch.Tensor | None = None, turn: int = 0
-    ) -> Runs:
-        """The runs of a batch whose prompt is known.
-
-        Args:
-            prompt: bool `[batch, tokens]`, prompt tokens.
-            real: bool `[batch, tokens]`, False on padding.
-            starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
-            turn: index of a token that opens a new span even right behind a prompt token; 0 for none.
-        """
-        completion = (real & ~prompt).to(torch.uint8)
-        return cls._of(real.to(torch.uint8) + completion, starts, turn)._after_prompts()
+        batch, tokens = map(int, grid.shape)
+        flat = grid.cpu().numpy().reshape(-1)
+        starts = flat >= _OPENS if packed else None
+        flat = flat % _OPENS if packed else flat
+        opening = _opens(flat, tokens)
+        if turn:
+            opening[turn::tokens] = True
+        begin = np.flatnonzero(opening if starts is None else opening | starts)
+        sequence = begin // max(tokens, 1)
+        if starts is not None:
+            sequence = np.cumsum((begin % tokens == 0) | starts[begin]) - 1
+        runs = cls((batch, tokens), begin, flat[begin], sequence, turn)
+        if told_by_labels:
+            return runs._told_by_labels()._without_plain_text(packed)
+        return runs._after_prompts() if prompt_known else runs
 
     @classmethod
     def one_prompt(cls, shape: tuple[int, int]) -> Runs:
@@ -135,30 +335,8 @@ class Runs:
         rows = np.arange(shape[0])
         return cls(shape, rows * shape[1], np.full(shape[0], PROMPT), rows)
 
-    @classmethod
-    def of_completion(cls, real: torch.Tensor) -> Runs:
-        """The runs of a batch without a prompt, such as the decoder's in an encoder-decoder model."""
-        return cls._of(real.to(torch.uint8) * COMPLETION)
-
-    @classmethod
-    def _of(cls, roles: torch.Tensor, starts: torch.Tensor | None = None, turn: int = 0) -> Runs:
-        batch, tokens = map(int, roles.shape)  # tensors in a trace
-        # For tokens on a GPU this is the one host synchronization of a pass.
-        flat = roles.cpu().numpy().reshape(-1)
-        opens = _opens(flat, tokens)
-        if turn:
-            opens[turn::tokens] = True
-        if starts is None:
-            begin = np.flatnonzero(opens)
-            sequence = begin // max(tokens, 1)
-        else:
-            packed = starts.cpu().numpy().reshape(-1)
-            begin = np.flatnonzero(opens | packed)
-            sequence = np.cumsum((begin % tokens == 0) | packed[begin]) - 1
-        return cls((batch, tokens), begin, flat[begin], sequence)
-
     def segments(self, positions: Positions) -> Segments:
-        """Which unit edits which token: as `positions.assign` says it."""
+        """Which unit edits which token."""
         kinds = positions.kinds
         lengths = _lengths(self.begin, self.shape[0] * self.shape[1])
         prompt = self.roles == PROMPT
@@ -170,20 +348,50 @@ class Runs:
         parts = np.zeros((len(lengths), 3), dtype=np.int64)
         head, body, tail = parts.T
         first, last = (kinds.get(kind, (0, 0))[0] for kind in ("first", "last"))
-        if last:
-            np.minimum(lengths, last, out=tail, where=prompt)
-        if first:
-            opening = self._openings(prompt)
-            length = lengths[opening]
-            crowded = (length < first + last) & (last > 0)
-            head[opening] = np.where(crowded, length // 2, np.minimum(length, first)).clip(max=first)
-            tail[opening] = np.where(crowded, (length // 2).clip(max=last), tail[opening])
+        if first or last:
+            before, after, opening = self._in_spans(lengths, prompt)
+            crowded = opening & (before + lengths + after < first + last) & (first > 0) & (last > 0)
+            half = (before + lengths + after) // 2
+            heads = np.where(crowded, np.minimum(half, first), first) * opening
+            tails = np.where(crowded, np.minimum(half, last), last) * prompt
+            np.clip(heads - before, 0, lengths, out=head)
+            np.clip(tails - after, 0, lengths - head, out=tail)
         if "count" in kinds:
             completion = self.roles == COMPLETION
             left = kinds["count"][0] - self._completed(lengths, prompt, completion)
             head[completion] = np.clip(left, 0, lengths)[completion]
         np.subtract(lengths, head + tail, out=body)
         return Segments(self.shape, parts.reshape(-1), codes[self.roles].reshape(-1), self.promptless)
+
+    def _in_spans(self, lengths: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each prompt run: the tokens of its span before and after it, and whether the span is its sequence's first.
+
+        A span is one run, unless there is padding in the middle of a prompt.
+        """
+        opening = np.zeros(len(lengths), dtype=bool)
+        opening[self._openings(prompt)] = True
+        none = np.zeros(len(lengths), dtype=np.int64)
+        where = np.flatnonzero(prompt)
+        left, right = where[:-1], where[1:]
+        column = self.begin % max(self.shape[1], 1)
+        # Runs right behind each other are told apart by a turn or by a packed sequence.
+        apart = (right == left + 1) | (self.sequence[left] != self.sequence[right])
+        if self.turn:
+            apart |= (column[left] < self.turn) & (column[right] >= self.turn)
+        between = right - left - 1
+        padding = np.cumsum(self.roles == PADDING)
+        apart |= padding[right] - padding[left] != between
+        if apart.all():
+            return none, none, opening
+        span = np.concatenate([[0], np.cumsum(apart)])
+        total = np.bincount(span, lengths[where]).astype(np.int64)
+        before, after = none, none.copy()
+        ends = lengths[where].cumsum()
+        begins = np.concatenate([[0], total.cumsum()[:-1]])
+        before[where] = ends - lengths[where] - begins[span]
+        after[where] = total[span] - before[where] - lengths[where]
+        opening[where] = np.bincount(span, opening[where]).astype(bool)[span]
+        return before, after, opening
 
     def _told_by_labels(self) -> Runs:
         """With roles in place of real tokens (PROMPT) and labeled ones (COMPLETION)."""
@@ -201,7 +409,23 @@ class Runs:
         roles = np.where(trailing, COMPLETION, self.roles)
         promptless = self.begin[opening[labeled[opening]]] // max(self.shape[1], 1)
         rows = tuple(dict.fromkeys(promptless.tolist()))
-        return Runs(self.shape, self.begin, roles, self.sequence, rows)._after_prompts()
+        return replace(self, roles=roles, promptless=rows)._after_prompts()
+
+    def _without_plain_text(self, packed: bool) -> Runs:
+        """With all rows as promptless in which each packed sequence has labels but on its first token.
+
+        Padding-free collators leave plain text so: a label there would be predicted from the sequence before.
+        """
+        if not packed:
+            return self
+        lengths = _lengths(self.begin, self.shape[0] * self.shape[1])
+        prompts, completions = (
+            np.bincount(self.sequence, lengths * (self.roles == role)) for role in (PROMPT, COMPLETION)
+        )
+        answered = completions > 0
+        if not answered.any() or (prompts[answered] != 1).any():
+            return self
+        return replace(self, promptless=tuple(range(self.shape[0])))
 
     def _after_prompts(self) -> Runs:
         """With only that as completion which comes behind a prompt of its sequence."""
@@ -227,16 +451,22 @@ class Runs:
         """Number of completion tokens before each run, since the last prompt or the start of its sequence."""
         lengths = np.where(completion, lengths, 0)
         before = np.cumsum(lengths) - lengths
-        opens = _changes(self.sequence)
+        begins = _changes(self.sequence)
         # It never falls, so its running maximum over some runs is its value at the latest of them.
-        return before - np.maximum.accumulate(np.where(prompt | opens, before, 0))
+        return before - np.maximum.accumulate(np.where(prompt | begins, before, 0))
+
+
+def _codes(kinds: dict[str, tuple[int, int]], *parts: str) -> tuple[int, ...]:
+    """The unit's code for each part of a run, where `all` takes every part."""
+    whole = kinds.get("all", (0, 0))
+    return tuple(kinds.get(part, whole)[1] for part in parts)
 
 
 def _opens(flat: np.ndarray, tokens: int) -> np.ndarray:
     """Whether a token differs from the one before it, or is the first of its row."""
-    opens = _changes(flat)
-    opens[:: max(tokens, 1)] = True
-    return opens
+    differs = _changes(flat)
+    differs[:: max(tokens, 1)] = True
+    return differs
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
@@ -253,9 +483,3 @@ def _lengths(begin: np.ndarray, total: int) -> np.ndarray:
     np.subtract(begin[1:], begin[:-1], out=lengths[:-1])
     lengths[-1:] = total - begin[-1:]
     return lengths
-
-
-def _codes(kinds: dict[str, tuple[int, int]], *parts: str) -> tuple[int, ...]:
-    """The unit's code for each part of a run, where `all` takes every part."""
-    whole = kinds.get("all", (0, 0))
-    return tuple(kinds.get(part, whole)[1] for part in parts)

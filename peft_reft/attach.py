@@ -1,0 +1,87 @@
+"""Attaches entries to a model, and takes them off again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from peft_reft.components import DECODER, ENCODER, has_output
+from peft_reft.generate import GenerateEntry
+from peft_reft.modules import modules_around
+from peft_reft.quantized import allow_packing, forbid_packing
+from peft_reft.sites import block_lists, is_encoder_decoder
+from peft_reft.tracker import Entry, Tracker
+
+
+def tracker_of(model: nn.Module) -> Tracker | None:
+    """The tracker of a model that has ReFT layers, or of one inside it; None where there is none.
+
+    It lives in entries and layers alone: Transformers drops the tuner object that injected an adapter.
+    """
+    entry = next((entry for part in modules_around(model) if (entry := Entry.of(part)) is not None), None)
+    return None if entry is None else entry.tracker
+
+
+@contextmanager
+def prompt_mask_of(model: nn.Module, prompt_mask: torch.Tensor) -> Iterator[None]:
+    """Tell a model's passes their prompt, around code that cannot be given `prompt_mask`: evaluation, trainers.
+
+    While it lasts, every pass of this thread has this prompt unless it is given one of its own. Inside `generate` it is
+    the prompt of the call.
+
+    Args:
+        model: a PEFT model with ReFT adapters, a model that they were injected into, or a module around one.
+        prompt_mask: bool or 0/1 integers, `[batch, tokens]`, as `forward` takes it.
+
+    Raises:
+        ValueError: the model has no ReFT adapter; or, from a pass, the mask has another shape than the pass.
+    """
+    tracker = tracker_of(model)
+    if tracker is None:
+        raise ValueError(f"There is no ReFT adapter on this {type(model).__name__}, so it has no prompt to be told.")
+    with tracker.telling(prompt_mask):
+        yield
+
+
+def track(model: nn.Module) -> Tracker:
+    """Attach entries to a model, and keep its 4-bit layers differentiable. Mutates the model; `untrack` undoes it."""
+    if "torch._dynamo" in sys.modules:
+        # Graphs that were compiled before would go on without hooks, which nothing guards.
+        sys.modules["torch._dynamo"].reset()
+    forbid_packing(model)
+    tracker = Tracker()
+    generates = bool(getattr(model, "can_generate", bool)())
+    both = is_encoder_decoder(model)
+    Entry(model, tracker, (ENCODER, DECODER) if both else (DECODER,), both, generates, True).attach()
+    for part, streams in _parts(model).items():
+        Entry(part, tracker, streams, both, generates, False).attach()
+    if generates:
+        GenerateEntry(model, tracker, decoder_only=not both).attach()
+    return tracker
+
+
+def _parts(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The parts of a model, itself not, that hold a stack of blocks -> the streams of their blocks."""
+    streams: dict[nn.Module, tuple[str, ...]] = {}
+    for block_list in block_lists(model):
+        parts = block_list.name.split(".")
+        for length in range(1, len(parts)):
+            part = model.get_submodule(".".join(parts[:length]))
+            if has_output(part) and part is not model:
+                known = streams.get(part, ())
+                streams[part] = known if block_list.stream in known else (*known, block_list.stream)
+    return streams
+
+
+def untrack(model: nn.Module) -> None:
+    """Take off what `track` put on a model."""
+    for module in model.modules():
+        entry = Entry.of(module)
+        if entry is not None:
+            entry.detach()
+    GenerateEntry.detach(model)
+    allow_packing(model)

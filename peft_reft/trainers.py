@@ -1,0 +1,43 @@
+"""What the trainer that is running does to the prompts of its batches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+# Packing strategies of TRL that cut samples: what is behind a cut looks like a sequence of its own, or like a turn.
+_CUTTING = ("bfd_split", "wrapped")
+
+
+def running_trainer() -> Any | None:
+    """The Transformers `Trainer` whose training step is going on in this thread, None if none is."""
+    trainers = sys.modules.get("transformers.trainer")
+    frame = None if trainers is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "training_step":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, trainers.Trainer):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def refuse_cut_samples(trainer: Any, positions: object) -> None:
+    """Raise a ValueError if a trainer packs samples so that it cuts them, where `positions` needs whole prompts."""
+    strategy = getattr(trainer.args, "packing_strategy", None)
+    if getattr(trainer.args, "packing", False) and strategy in _CUTTING:
+        raise ValueError(
+            f"positions={str(positions)!r} needs to know where prompts end, but packing_strategy={strategy!r} cuts long "
+            "samples: edits would land in the middle of answers. Use packing_strategy='bfd', which keeps samples "
+            "whole, or edit every token with positions='all'."
+        )
+
+
+def refuse_unlabeled(trainer: Any, positions: object) -> None:
+    """Raise a ValueError if a trainer gives a language model neither labels nor `prompt_mask`."""
+    raise ValueError(
+        f"positions={str(positions)!r} needs to know where prompts end, but {type(trainer).__name__} gives the model "
+        "neither labels nor prompt_mask, so the whole sequence would count as prompt, and generation would edit other "
+        "tokens. Edit every token with positions='all', use a trainer that passes labels (TRL's SFT-, DPO-, KTO- and "
+        "GRPOTrainer do), or tell the prompt in its compute_loss: `with peft_reft.prompt_mask_of(model, mask):`."
+    )
