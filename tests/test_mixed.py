@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from adapters import IDS, layers_of, lora, reft
+from adapters import IDS, NEEDS_ADD_ADAPTER, layers_of, lora, reft
 from peft import get_peft_model
 from routes import GENERATE, pad, sequences
 from tiny import LAYERS, ZOO
@@ -101,6 +101,7 @@ def transformers_route(base, adapters=None, task_type="CAUSAL_LM") -> Mixed:
 
 
 ROUTES = {"peft": peft_model, "base": base_route, "transformers": transformers_route}
+EVERY_ROUTE = pytest.mark.parametrize("route", ["peft", "base", pytest.param("transformers", marks=NEEDS_ADD_ADAPTER)])
 
 
 def rows(names: Sequence[str] = NAMES) -> tuple[tuple[str, ...], list[list[int]]]:
@@ -129,7 +130,7 @@ def assert_rows(mixed: Mixed, names, roles, ids, batch, rtol: float, **kwargs) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("padding", [{"left": "all"}, {"right": 2}], ids=["left", "right"])
-@pytest.mark.parametrize("route", ROUTES)
+@EVERY_ROUTE
 @pytest.mark.parametrize(
     ("family", "dtype", "rtol"),
     [("gpt2", torch.float64, 1e-10), ("llama", torch.float32, 1e-5)],
@@ -209,7 +210,7 @@ def same_tokens(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(got[:, :steps], expected[:, :steps]) and bool(torch.isin(behind, padding).all())
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@EVERY_ROUTE
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=["dynamic", "none", "static"]
 )
@@ -217,7 +218,7 @@ def test_generate(route, options):
     assert_generated(ROUTES[route](tiny.llama()), **options)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@EVERY_ROUTE
 def test_generate_with_beams_and_several_sequences(route):
     names = ("loreft8", BASE, "gelu", "red", "loreft8", "noreft")
     mixed = ROUTES[route](tiny.llama())

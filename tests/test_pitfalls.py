@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload
+from adapters import NEEDS_ADD_ADAPTER
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -272,6 +273,7 @@ def test_a_module_that_has_a_child_named_reft_is_refused_before_anything_is_touc
     assert not base._forward_pre_hooks
 
 
+@NEEDS_ADD_ADAPTER
 def test_everything_works_after_the_tuner_object_is_gone():
     base = tiny.llama()
     base.add_adapter(reft())
