@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, which it creates first if need be.
-#   usage: tests/run.sh [newest|oldest|both] [pytest arguments]
+#   usage: tests/run.sh [newest|pinned|oldest|all] [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 versions=newest
-case ${1:-} in newest|oldest|both) versions=$1; shift ;; esac
+case ${1:-} in newest|pinned|oldest|all) versions=$1; shift ;; esac
 
 sets=("$versions")
-if [[ $versions == both ]]; then sets=(newest oldest); fi
+if [[ $versions == all ]]; then sets=(newest pinned oldest); fi
 for set in "${sets[@]}"; do
-    if [[ $set == newest ]]; then environment=.venv; else environment=.venv-oldest; fi
+    if [[ $set == newest ]]; then environment=.venv; else environment=.venv-$set; fi
     environment=${REFT_ENV:-$environment}
     .ci/environment "$environment" "$set"
     "$environment/bin/python" -m pip list | grep -E '^(torch|peft|transformers|trl) '
     # Each worker computes in one thread: threads that outnumber the cores wait for each other.
-    OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest tests -n 2 "$@"
+    VERSION_SET=$set OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest tests -n 2 "$@"
 done
