@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from huggingface_hub import ModelCard, ModelCardData
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
+from peft_reft import card
 from peft_reft.components import COMPONENTS
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.registration import ensure_peft_type
@@ -26,30 +27,6 @@ _COLLECTIONS = (
     "trainable_token_indices",
     "component",
 )
-
-_CARD_HEADING = "## How to load this ReFT adapter"
-_CARD_TEXT = """{heading}
-
-The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
-the import PEFT fails with `KeyError: 'REFT'`.
-
-```python
-import peft_reft  # registers ReFT with PEFT
-from peft import {loader}
-
-model = {loader}.from_pretrained("path/or/hub-id/of/this/adapter")
-```
-"""
-
-# PEFT's class for any model refuses adapters with a task type.
-_LOADERS = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 
 
 @dataclass
@@ -291,14 +268,28 @@ class ReftConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}: write the layers into it, or name modules in a list."
             )
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json`, and tell in the model card beside it how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """
+        Save `adapter_config.json`, and say in the model card beside it how to load the adapter.
+
+        Nothing outside the folder is read or written. Each file is written beside the old one and then renamed, so that
+        whoever is killed here leaves the old file or the new one.
+
+        Args:
+            save_directory (`str`): The adapter's folder, made if it does not exist.
+            kwargs: Passed on to PEFT.
+
+        Raises:
+            FileExistsError: `save_directory` is a file.
+        """
         folder = Path(save_directory)
-        _add_to_card(folder, self)
-        if _is_peft_card(folder.parent) and not (folder.parent / CONFIG_NAME).exists():
-            # The folder holds a named adapter; the card above is the one that the hub shows.
-            _add_to_card(folder.parent, self)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+            super().save_pretrained(beside, **kwargs)
+            if (loading := card.with_loading_text(folder, self)) is not None:
+                loading.save(Path(beside, card.NAME))
+            for path in sorted(Path(beside).iterdir()):
+                path.replace(folder / path.name)
 
 
 def _as_list(value: Any) -> Any:
@@ -318,23 +309,3 @@ def _is_integer(value: Any) -> bool:
 
 def _are_integers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_integer, value))
-
-
-def _is_peft_card(folder: Path) -> bool:
-    path = folder / "README.md"
-    return path.exists() and "library_name: peft\n" in path.read_text(encoding="utf-8")
-
-
-def _add_to_card(folder: Path, config: ReftConfig) -> None:
-    path = folder / "README.md"
-    if path.exists():
-        card = ModelCard.load(path)
-    else:
-        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
-    # PEFT replaces the tags each time it saves.
-    card.data.tags = sorted({*(card.data.tags or []), "reft", "peft_reft"})
-    if _CARD_HEADING not in card.text:
-        text = _CARD_TEXT.format(heading=_CARD_HEADING, loader=_LOADERS.get(config.task_type, "AutoPeftModel"))
-        card.text = f"{card.text.rstrip()}\n\n{text}"
-    card.save(path)

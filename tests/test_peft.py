@@ -339,11 +339,6 @@ def test_the_code_in_the_model_card_loads_the_adapter(tmp_path, task_type):
     assert torch.equal(logits(scope["model"]), logits(model))
 
 
-def test_a_card_above_named_adapters_says_to_import_peft_reft(tmp_path):
-    get_peft_model(tiny.llama(), reft(), adapter_name="chat").save_pretrained(tmp_path)
-    assert card_of(tmp_path).content.count("import peft_reft") == 1
-
-
 def test_an_existing_model_card_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n\n# My adapter\n\nTrained on emojis.\n")
     get_peft_model(tiny.llama(), reft()).save_pretrained(tmp_path)

@@ -1,0 +1,63 @@
+"""The text in a model card that says how to load an adapter; once PEFT knows the method, nobody needs it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
+
+NAME = "README.md"
+
+_HEADING = "## How to load this ReFT adapter"
+_TEXT = """{heading}
+
+The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
+the import PEFT fails with `KeyError: 'REFT'`.
+
+```python
+import peft_reft  # registers ReFT with PEFT
+from peft import {loader}
+
+model = {loader}.from_pretrained("path/or/hub-id/of/this/adapter")
+```
+"""
+
+# PEFT's class for any model refuses adapters with a task type.
+_LOADERS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+
+def with_loading_text(folder: Path, config: PeftConfig) -> ModelCard | None:
+    """The card in an adapter's folder, or a new one, with the text; None, and a warning, if the card is unreadable."""
+    path = folder / NAME
+    try:
+        card = ModelCard.load(path) if path.exists() else _new_card(config)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"{path} is no model card that can be read ({reason}), so it stays as it is. The adapter is saved; to load "
+            "it, `import peft_reft` first. Move the file away and save again to get a card that says so.",
+            stacklevel=4,
+        )
+        return None
+    tags = card.data.tags or []
+    # PEFT replaces the tags each time it saves.
+    card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "reft", "peft_reft"})
+    if _HEADING not in card.text:
+        text = _TEXT.format(heading=_HEADING, loader=_LOADERS.get(config.task_type, "AutoPeftModel"))
+        card.text = f"{card.text.rstrip()}\n\n{text}"
+    return card
+
+
+def _new_card(config: PeftConfig) -> ModelCard:
+    data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n")
