@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from peft_reft.config import ReftConfig
 from peft_reft.convert import adapterhub, pyreft
-from peft_reft.convert.common import Edit, ForeignAdapter, Place
+from peft_reft.convert.common import Edit, ForeignAdapter, Place, check_edit
 from peft_reft.interventions import INTERVENTIONS, ROW_LENGTH, LowRankIntervention
 from peft_reft.layer import ReftLayer
 from peft_reft.sites import OUTPUT, find_sites
@@ -96,7 +96,13 @@ def convert(
         words = parse(positions, share_weights)
         model = _skeleton(base_model, task_type, num_labels)
         adapter = pyreft.read(source, model, words, intervention, act_fn, dropout or 0.0)
-    _build(_with_any_rows(adapter), model, task_type).save_pretrained(str(target))
+    for edit in (edit for edits in adapter.edits.values() for edit in edits):
+        check_edit(edit)
+    try:
+        converted = _build(_with_any_rows(adapter), model, task_type)
+    except ValueError as error:
+        raise (error if f"{source}" in str(error) else ValueError(f"{source}: {error}")) from error.__cause__
+    converted.save_pretrained(str(target))
     return target
 
 
@@ -141,7 +147,8 @@ def _skeleton(base: str | Path | PreTrainedModel | None, task_type: str | None, 
         )
     if task_type not in AUTO_CLASSES:
         raise ValueError(f"task_type={task_type!r}: allowed are {sorted(AUTO_CLASSES)}; else pass the model itself.")
-    config = AutoConfig.from_pretrained(base, **({} if labels is None else {"num_labels": labels}))
+    options = {} if labels is None else {"num_labels": labels}
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, **options)
     with torch.device("meta"):
         return getattr(transformers, AUTO_CLASSES[task_type]).from_config(config)
 
@@ -185,6 +192,8 @@ def _build(adapter: ForeignAdapter, model: PreTrainedModel, task_type: str | Non
         inference_mode=True,
     )
     edits = {_site(model, config, place): edits for place, edits in adapter.edits.items()}
+    if len(edits) < len(adapter.edits):
+        raise ValueError(f"Two of the places that the adapter edits are one: {', '.join(map(str, adapter.edits))}.")
     peft_model = get_peft_model(model, config, ADAPTER)
     layers = {(each.site_name, each.side): each for each in peft_model.modules() if isinstance(each, ReftLayer)}
     if layers.keys() != edits.keys():

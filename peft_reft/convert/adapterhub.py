@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
+from peft_reft.config import ReftConfig
+from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_base_weights
+from peft_reft.convert.files import present, read_json, read_tensors
 from peft_reft.sites import only_block_list
 
 CONFIG = "adapter_config.json"
@@ -23,7 +26,9 @@ HEAD_CONFIG = "head_config.json"
 
 _WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 _HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
-_KEY = re.compile(r"(?P<stack>.+)\.(?P<layer>\d+)\.reft_layer\.refts\.(?P<name>.+)\.units\.(?P<unit>[01])\.(?P<key>.+)")
+_KEY = re.compile(
+    r"(?P<stack>.+)\.(?P<layer>\d{1,9})\.reft_layer\.refts\.(?P<name>.+)\.units\.(?P<unit>[01])\.(?P<key>.+)"
+)
 # orthogonality, subtract_projection -> the method; without the latter the first of two is what `adapters` would load.
 _METHODS = {
     (True, True): "loreft",
@@ -32,20 +37,30 @@ _METHODS = {
     (False, False): "nodireft",
 }
 _ACTIVATIONS = {"leakyrelu": "leaky_relu"}
+_MOST_LABELS = 2**16
 
 
 def is_adapterhub(folder: Path) -> bool:
     """Whether a folder holds an adapter of `adapters`, of any method."""
     path = folder / CONFIG
-    return path.exists() and "peft_type" not in (config := read_json(path)) and "model_class" in config
+    return present(path) and "peft_type" not in (config := read_json(path)) and "model_class" in config
 
 
 def base_model(folder: Path) -> tuple[str | None, int | None]:
-    """Name of the base model and number of labels that the folder names, None for what it does not."""
-    head = folder / HEAD_CONFIG
-    return read_json(folder / CONFIG).get("model_name") or None, read_json(head).get(
-        "num_labels"
-    ) if head.exists() else None
+    """Name of the base model and number of labels that the folder names, None for what it does not.
+
+    Raises:
+        ValueError: they are no name, and no number of labels.
+    """
+    path, head = folder / CONFIG, folder / HEAD_CONFIG
+    name = read_json(path).get("model_name")
+    if not isinstance(name, str | None):
+        raise ValueError(f"{path}: 'model_name' is {name!r}.")
+    labels = read_json(head).get("num_labels") if present(head) else None
+    # Transformers makes a name for each.
+    if labels is not None and not (type(labels) is int and 0 < labels <= _MOST_LABELS):
+        raise ValueError(f"{head}: 'num_labels' is {labels!r}, where it has to be from 1 to {_MOST_LABELS}.")
+    return name or None, labels
 
 
 def read(folder: Path, model: PreTrainedModel, intervention: str | None = None) -> ForeignAdapter:
@@ -69,14 +84,18 @@ def read(folder: Path, model: PreTrainedModel, intervention: str | None = None) 
         raise ValueError(f"{path}: only ReFT adapters have a counterpart, this one's 'architecture' is {method!r}.")
     positions, units = _positions(config, path)
     name = _method(config, intervention, path)
-    activation = config.get("non_linearity")
+    activation = _entry(config, path, "non_linearity", str, NoneType)
     options = {
         "intervention": name,
         "positions": positions,
         "share_weights": len(units) == 1,
         "act_fn": activation and _ACTIVATIONS.get(activation.lower(), activation.lower()),
-        "dropout": _entry(config, "dropout", (int, float), path),
+        "dropout": _entry(config, path, "dropout", int, float),
     }
+    try:
+        ReftConfig(**options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return ForeignAdapter(options, _edits(folder, config, units, name, model), _head(folder))
 
 
@@ -90,17 +109,21 @@ def _check_class(config: dict[str, Any], model: PreTrainedModel, path: Path) -> 
         )
 
 
-def _entry(config: dict[str, Any], key: str, kind: type | tuple[type, ...], path: Path) -> Any:
+def _entry(config: dict[str, Any], path: Path, key: str, *kinds: type) -> Any:
     value = config.get(key)
-    if not isinstance(value, kind):
+    if type(value) not in kinds:
         raise ValueError(f"{path}: {key!r} is {value!r}.")
     return value
 
 
 def _positions(config: dict[str, Any], path: Path) -> tuple[str, list[int]]:
     """The positions, and which of the saved units serves each word (one for all, if there is only one)."""
-    first, last = (_entry(config, key, int, path) for key in ("prefix_positions", "suffix_positions"))
-    tied = _entry(config, "tied_weights", bool, path)
+    first, last = (_entry(config, path, key, int) for key in ("prefix_positions", "suffix_positions"))
+    tied = _entry(config, path, "tied_weights", bool)
+    if min(first, last) < 0:
+        raise ValueError(
+            f"{path}: 'prefix_positions' is {first} and 'suffix_positions' {last}, but none can be negative."
+        )
     words = [f"f{first}"] * (first > 0) + [f"l{last}"] * (last > 0)
     if not words:
         raise ValueError(f"{path}: 'prefix_positions' and 'suffix_positions' are both 0, nothing is edited.")
@@ -109,8 +132,8 @@ def _positions(config: dict[str, Any], path: Path) -> tuple[str, list[int]]:
 
 
 def _method(config: dict[str, Any], asked: str | None, path: Path) -> str:
-    orthogonal = _entry(config, "orthogonality", bool, path)
-    subtracts = config.get("subtract_projection")
+    orthogonal = _entry(config, path, "orthogonality", bool)
+    subtracts = _entry(config, path, "subtract_projection", bool, NoneType)
     candidates = [_METHODS[orthogonal, known] for known in (True, False) if subtracts in (None, known)]
     if asked is not None and asked not in candidates:
         raise ValueError(f"intervention={asked!r}, but {path} fits {' or '.join(candidates)}.")
@@ -137,11 +160,14 @@ def _edits(
             raise ValueError(f"{path}: nothing is known of {key!r}; is it of another method than ReFT?")
         where = _layer(match["stack"], int(match["layer"]), model, path), int(match["unit"])
         states[where][match["key"]] = tensor
-        prefixes[where] = key.removesuffix(match["key"])
+        prefix = key.removesuffix(match["key"])
+        if prefixes.setdefault(where, prefix) != prefix:
+            raise ValueError(f"{path} has two adapters for one layer: {prefix!r} and {prefixes[where]!r}.")
     layers = {layer for layer, _ in states}
     wanted = config.get("layers")
-    wanted = range(len(only_block_list(model).blocks)) if wanted == "all" else wanted
-    if not isinstance(wanted, (list, range)) or layers != set(wanted):
+    if wanted == "all":
+        wanted = list(range(len(only_block_list(model).blocks)))
+    if not isinstance(wanted, list) or any(type(n) is not int for n in wanted) or layers != set(wanted):
         raise ValueError(f"{path} has weights for the layers {sorted(layers)}, but {CONFIG} names {wanted!r}.")
     edits = {}
     for layer in sorted(layers):
@@ -174,7 +200,7 @@ def _edit(weights: Weights, config: dict[str, Any]) -> Edit:
 
 def _head(folder: Path) -> dict[str, torch.Tensor]:
     path = _existing(folder, _HEAD_WEIGHTS)
-    weights = read_tensors(path) if path is not None else {}
+    weights = read_base_weights(path) if path is not None else {}
     foreign = [key for key in weights if key.startswith("heads.")]
     if foreign:
         raise ValueError(
@@ -185,4 +211,4 @@ def _head(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _existing(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    return next((folder / name for name in names if present(folder / name)), None)

@@ -1,17 +1,17 @@
-"""What the readers of other libraries' adapters share: the form they bring an adapter into, and safe file reading."""
+"""What the readers of other libraries' adapters share: the form they bring an adapter into, and checked weights."""
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from peft_reft.convert.files import read_tensors
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Edit(NamedTuple):
@@ -25,6 +25,22 @@ class Edit(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor
     source: str
+
+
+def check_edit(edit: Edit) -> None:
+    """
+    Raises:
+        ValueError: the rank is none for this width, or a value is not finite in float32.
+    """
+    rank, features = edit.projection.shape
+    if not 1 <= rank <= features:
+        raise ValueError(
+            f"{edit.source}: the rank is {rank}, where it has to be from 1 to the hidden size, {features}."
+        )
+    for name in ("projection", "weight", "bias"):
+        tensor = getattr(edit, name)
+        if tensor is not None and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{edit.source}: {name} holds values that are not finite in float32.")
 
 
 class Place(NamedTuple):
@@ -50,51 +66,20 @@ class ForeignAdapter:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_base_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Parameters of the base model by their names, from a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else; the message names it.
+        ValueError: it is broken, or one of them is not floating point and finite.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} instead of a JSON object.")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A dictionary of tensors from a file of safetensors or `torch.save`, on the CPU. Runs no code of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken, or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is broken, or a pickle that holds more than tensors and would run code of its "
-            f"own. torch.load(weights_only=True) says: {_first_line(error)}"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read, it seems broken: {_first_line(error)}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__} instead of a dictionary of tensors.")
-    for key, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__} instead of a tensor.")
-    return {str(key): tensor.detach() for key, tensor in state.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    weights = read_tensors(path)
+    for key, tensor in weights.items():
+        if tensor.dtype not in _FLOATS or not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: {key!r} ({tensor.dtype}) holds values that are not finite floating point numbers."
+            )
+    return weights
 
 
 class Weights:
@@ -119,18 +104,15 @@ class Weights:
         """
         if key not in self.state:
             raise ValueError(f"{self.source}: {self.prefix + key!r} is missing; there is {self._names()}.")
-        tensor = self.state.pop(key)
+        tensor, name = self.state.pop(key), f"{self.source}: {self.prefix + key!r}"
         fits = tensor.dim() == len(shape) and all(
             want in (None, size) for want, size in zip(shape, tensor.shape, strict=True)
         )
-        if not fits or not tensor.is_floating_point():
+        if not fits or tensor.dtype not in _FLOATS:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(
-                f"{self.source}: {self.prefix + key!r} is {tensor.dtype} {list(tensor.shape)}, but should be floating "
-                f"point [{wanted}]."
-            )
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, but should be floating point [{wanted}].")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{self.source}: {self.prefix + key!r} holds values that are not finite.")
+            raise ValueError(f"{name} holds values that are not finite.")
         return tensor
 
     def take_orthogonal(self, name: str, tall: bool) -> torch.Tensor:
@@ -157,7 +139,8 @@ class Weights:
             raise ValueError(f"{self.source}: nothing is known of {self._names()}.")
 
     def _names(self) -> str:
-        return ", ".join(repr(self.prefix + key) for key in sorted(self.state)) or "nothing else"
+        names = [repr(self.prefix + key) for key in sorted(self.state)]
+        return ", ".join(names[:8] + [f"{len(names) - 8} more"] * (len(names) > 8)) or "nothing else"
 
 
 def _orthogonal(original: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

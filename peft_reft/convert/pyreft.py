@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_reft.components import COMPONENTS
-from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_json, read_tensors
+from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_base_weights
+from peft_reft.convert.files import present, read_json, read_tensors
 from peft_reft.sites import only_block_list
 from peft_reft.tokens.positions import Positions
 
@@ -65,10 +66,12 @@ def read(
     """
     if not any(folder.glob("intkey_*.bin")):
         folder = folder / TRAINER_FOLDER
-    files = _files_from_config(folder, model) if (folder / "config.json").exists() else _files_from_names(folder, model)
+    files = _files_from_config(folder, model) if present(folder / "config.json") else _files_from_names(folder, model)
     name = _method(folder, files, intervention)
     edits: dict[Place, dict[int, Edit]] = defaultdict(dict)
     for file in files:  # one at a time: some hold a [d, d] matrix
+        if file.number in edits[file.place]:
+            raise ValueError(f"{file.path} edits what another file of the folder edits, with the same number.")
         weights = Weights(read_tensors(file.path), file.path)
         edits[file.place][file.number] = _READERS[name](weights, act_fn)
         weights.finish()
@@ -176,7 +179,7 @@ def _place(component: str, layer: int | None, model: PreTrainedModel, path: Path
 def _check_component(component: str, layer: Any, model: PreTrainedModel, path: Path) -> None:
     if component not in COMPONENTS:
         raise ValueError(f"{path}: component {component!r} has no counterpart; those of {list(COMPONENTS)} have.")
-    if not isinstance(layer, int):
+    if type(layer) is not int:
         raise ValueError(f"{path}: layer {layer!r} of component {component!r} is no number.")
     kind = model.config.get_text_config().model_type
     if not component.startswith("block_") and kind not in _PLAIN_MODELS:
@@ -192,7 +195,7 @@ def _check_component(component: str, layer: Any, model: PreTrainedModel, path: P
 def _method(folder: Path, files: list[_File], asked: str | None) -> str:
     """The method: what the config.json names, else what the keys tell, else what is asked for."""
     path = folder / "config.json"
-    if path.exists():
+    if present(path):
         candidates = {_class_method(text, path) for text in _config_list(path, "intervention_types")}
         if len(candidates) > 1:
             raise ValueError(f"{path}: 'intervention_types' mixes {sorted(candidates)}; an adapter has one method.")
@@ -305,4 +308,4 @@ _READERS: dict[str, Callable[[Weights, str | None], Edit]] = {
 
 def _base_weights(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / BASE_WEIGHTS
-    return read_tensors(path) if path.exists() else {}
+    return read_base_weights(path) if present(path) else {}
