@@ -144,13 +144,29 @@ def test_scoring_does_not_warn_where_the_end_of_the_prompt_does_not_matter(spec)
 
 
 def test_a_training_batch_in_which_nothing_is_edited_warns():
-    """TRL's padding-free collator takes the label off each first token: prompts of one token, halved to none."""
+    """Prompts of one token are halved to none."""
+    ids = torch.arange(3, 11).reshape(2, 4)
+    model = make_pair("f7+l7").peft.train()
+    with pytest.warns(UserWarning, match="edits no token of this training batch"):
+        model(input_ids=ids, labels=ids.masked_fill(torch.arange(4) < 1, -100))
+
+
+@pytest.mark.parametrize("spec", ["f7", "l1", "prompt", "f7+l7", "completion"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_plain_text_that_was_packed_is_refused_as_it_is_unpacked(in_graph, spec):
+    """TRL's padding-free collator takes the label off each first token."""
     ids = torch.arange(3, 11)[None]
     labels = ids.clone()
     labels[0, [0, 4]] = -100
-    model = make_pair("f7+l7").peft.train()
-    with pytest.warns(UserWarning, match="edits no token of this training batch"):
-        model(input_ids=ids, position_ids=torch.arange(8)[None] % 4, labels=labels, use_cache=False)
+    model = make_pair(spec).peft
+    call = torch.compile(model, backend="eager") if in_graph else model
+    for training in (True, False):
+        with pytest.raises(ValueError, match="padding-free collators leave plain text"):
+            model.train(training)
+            call(input_ids=ids, position_ids=torch.arange(8)[None] % 4, labels=labels, use_cache=False)
+    # Among other prompts one of a single token is one.
+    labels[0, 5] = -100
+    call(input_ids=ids, position_ids=torch.arange(8)[None] % 4, labels=labels, use_cache=False)
 
 
 def test_a_forward_after_an_exception_plans_anew(batch):

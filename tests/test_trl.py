@@ -480,9 +480,9 @@ def _with_prompt_mask(collate):
     return collator
 
 
-def test_label_smoothing_leaves_out_the_labels_and_warns(tmp_path):
+def test_label_smoothing_leaves_out_the_labels_and_is_refused(tmp_path):
     trainer = sft(CHAT, tmp_path, config=reft(), label_smoothing_factor=0.1, max_steps=1)
-    with pytest.warns(UserWarning, match="prompt"):
+    with pytest.raises(ValueError, match=r"SFTTrainer gives .* neither labels nor prompt_mask \(label_smoothing"):
         trainer.train()
 
 
