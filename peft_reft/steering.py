@@ -6,11 +6,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 
 from peft_reft.interventions import LobireftIntervention, LowRankIntervention, RedIntervention, orthonormal_rows
-from peft_reft.layer import ReftLayer, layers
+from peft_reft.layer import AdapterSettings, ReftLayer, layers
 
 # Cosine between two directions from which on subspaces count as overlapping: above the noise of float32.
 _OVERLAP = 1e-3
@@ -25,21 +26,24 @@ class SteeringMixin:
         Not saved with the adapter.
 
         Raises:
-            ValueError: there is no such adapter, or it is merged.
+            TypeError: `strength` is no number.
+            ValueError: it is not finite, there is no such adapter, or it is merged.
         """
+        value = _finite("strength", strength)
         for layer in self._unmerged_layers_with(adapter):
-            layer.reft_settings[adapter].strength = float(strength)
+            layer.reft_settings[adapter].strength = value
 
     @contextmanager
     def strength(self, adapter: str, strength: float) -> Iterator[None]:
-        """`set_strength` for the length of a `with` block."""
-        before = [(layer, layer.reft_settings[adapter].strength) for layer in self._layers_with(adapter)]
+        """`set_strength` for the length of a `with` block; adapters may come and go in it."""
+        # The settings themselves: by its name, an adapter may be gone at the end, or be another one.
+        before = [(settings, settings.strength) for settings in self._settings_of(adapter)]
         self.set_strength(adapter, strength)
         try:
             yield
         finally:
-            for layer, value in before:
-                layer.reft_settings[adapter].strength = value
+            for settings, value in before:
+                settings.strength = value
 
     def set_subspaces(self, adapter: str, names: str | Sequence[str] | None) -> None:
         """Edit (and train) only the named ones of an adapter's `subspaces`, from now on; None for all of them.
@@ -65,14 +69,14 @@ class SteeringMixin:
 
     @contextmanager
     def only_subspaces(self, adapter: str, names: str | Sequence[str] | None) -> Iterator[None]:
-        """`set_subspaces` for the length of a `with` block."""
-        before = [(layer, layer.reft_settings[adapter].coordinates) for layer in self._layers_with(adapter)]
+        """`set_subspaces` for the length of a `with` block; adapters may come and go in it."""
+        before = [(settings, settings.coordinates) for settings in self._settings_of(adapter)]
         self.set_subspaces(adapter, names)
         try:
             yield
         finally:
-            for layer, coordinates in before:
-                layer.reft_settings[adapter].coordinates = coordinates
+            for settings, coordinates in before:
+                settings.coordinates = coordinates
 
     def subspace(self, adapter: str, layer: int | str) -> torch.Tensor:
         """The subspace that an adapter edits at a layer, as orthonormal rows.
@@ -139,10 +143,12 @@ class SteeringMixin:
             adapter_name: name of the new adapter, which is not active at first.
 
         Raises:
-            ValueError: adapters that cannot be added; the message says why.
+            TypeError: a weight is no number.
+            ValueError: a weight is not finite, or adapters that cannot be added; the message says why.
         """
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"One weight for each adapter is needed, got {list(adapters)} and {list(weights)}.")
+        weights = [_finite("a weight", weight) for weight in weights]
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already.")
         places = [self._layers_with(name) for name in adapters]
@@ -197,6 +203,9 @@ class SteeringMixin:
             raise ValueError(f"There is no ReFT adapter {adapter!r}; the model has {sorted(self.peft_config)}.")
         return found
 
+    def _settings_of(self, adapter: str) -> list[AdapterSettings]:
+        return [layer.reft_settings[adapter] for layer in self._layers_with(adapter)]
+
     def _unmerged_layers_with(self, adapter: str) -> list[ReftLayer]:
         found = self._layers_with(adapter)
         if any(adapter in layer.merged_adapters for layer in found):
@@ -227,6 +236,16 @@ class SteeringMixin:
                 "subspace."
             )
         return intervention
+
+
+def _finite(name: str, value: float | torch.Tensor) -> float:
+    """A number, or a tensor of one, as a float."""
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be finite, in float32 too, got {value!r}.")
+    return float(number)
 
 
 def _check_directions(projection: torch.Tensor, directions: torch.Tensor, layer: int | str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import edited_tokens
 
+from peft_reft import ReftConfig
 from peft_reft.tokens import positions as pos
 from peft_reft.tokens.prompts import sequence_starts
 from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments
@@ -235,6 +236,30 @@ def test_an_unknown_word_is_refused_and_pointed_at(spec, pointed_at):
     assert spec[caret.index("^") - 2 :].startswith(pointed_at)
     for word in ("f<n>", "l<n>", "c<n>", "prompt", "completion", "all"):
         assert word in message
+
+
+@pytest.mark.parametrize("kind", "flc")
+@pytest.mark.parametrize("count", ["1000000001", "9223372036854775808", "9" * 19, "9" * 4300, "9" * 5000, "9" * 10**6])
+def test_a_count_beyond_all_sequences_is_refused_with_the_bound(kind, count):
+    with pytest.raises(ValueError, match=r"positions: .*counts further than 1,000,000,000") as error:
+        ReftConfig(positions=f"{kind}{count}")
+    assert kind + count[:10] in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("spec", ["f1000000000", "f1000000000+l1000000000", "c1000000000"])
+def test_the_largest_counts_select_all_there_is(spec):
+    labels, real, _ = grid([("pppcc", (0, 0))])
+    codes, _ = codes_of(pos.parse(spec), labels, real)
+    # Each of two words has at most a half.
+    expected = {"f1000000000": [1, 1, 1, 0, 0], "c1000000000": [0, 0, 0, 1, 1]}.get(spec, [1, 0, 1, 0, 0])
+    assert codes.tolist() == [expected]
+
+
+@pytest.mark.parametrize("spec", ["f1\u0663", "l\uff17", "c1\u00b2"])
+def test_digits_of_other_scripts_are_unknown(spec):
+    with pytest.raises(ValueError, match="Unknown word"):
+        pos.parse(spec)
 
 
 @pytest.mark.parametrize("spec", ["f3+f5", "prompt+l2", "all+f1", "c2+completion", "f1+all", "l1+l1", "prompt+prompt"])

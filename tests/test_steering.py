@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -85,6 +87,101 @@ def test_strength_is_set_for_one_adapter_and_back_again_after_the_block():
     with pytest.raises(RuntimeError), model.strength("other", 0):
         raise RuntimeError
     assert torch.equal(logits(model), both)
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 1e39, -(10**400), torch.tensor(torch.nan), np.float32("inf")]
+
+
+@pytest.mark.parametrize("strength", NOT_FINITE, ids=lambda value: str(value)[:10])
+def test_a_strength_that_is_not_finite_is_refused_and_nothing_changes(strength):
+    model = wrap()
+    before = logits(model)
+    with pytest.raises(ValueError, match="strength must be finite"):
+        model.set_strength("default", strength)
+    with pytest.raises(ValueError, match="strength must be finite"), model.strength("default", strength):
+        pytest.fail("the block was entered")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("strength", ["0.5", None, True, [1.0], 1j, torch.ones(2), {}])
+def test_a_strength_that_is_no_number_is_refused(strength):
+    with pytest.raises(TypeError, match=r"strength must be a number, got .* of type"):
+        wrap().set_strength("default", strength)
+
+
+@pytest.mark.parametrize("strength", [2, np.float32(2), torch.tensor(2.0), torch.tensor([2]), Fraction(2)])
+def test_a_strength_may_be_any_kind_of_number(strength):
+    model, expected = wrap(), wrap()
+    model.set_strength("default", strength)
+    expected.set_strength("default", 2.0)
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"), [(float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError), (None, TypeError)]
+)
+def test_a_weight_of_a_sum_that_is_no_finite_number_is_refused_and_nothing_is_added(weight, error):
+    model = wrap()
+    with pytest.raises(error, match="a weight must be"):
+        model.add_weighted_adapter(["default"], [weight], "sum")
+    assert list(model.peft_config) == ["default"]
+
+
+class UsersError(Exception):
+    pass
+
+
+def nothing(model):
+    pass
+
+
+def delete(model):
+    model.add_adapter("other", reft())
+    model.set_adapter("other")
+    model.delete_adapter("default")
+
+
+def replace(model):
+    delete(model)
+    model.add_adapter("default", reft(subspaces=GROUPS))
+    model.set_adapter("default")
+
+
+def unload(model):
+    model.unload()
+
+
+@pytest.mark.parametrize("change", [nothing, delete, replace, unload], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("error", [UsersError, KeyboardInterrupt, SystemExit, None])
+@pytest.mark.parametrize("block", ["strength", "only_subspaces"])
+def test_the_users_error_comes_through_whatever_happened_to_the_adapters(block, error, change):
+    model = wrap(subspaces=GROUPS, positions="all")
+    before = logits(model)
+
+    def run():
+        with getattr(model, block)("default", 0.5 if block == "strength" else "style"):
+            change(model)
+            if error is not None:
+                raise error
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    if change is nothing:
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("block", ["strength", "only_subspaces"])
+def test_a_new_adapter_of_the_old_name_keeps_its_own_settings(block):
+    model = wrap(subspaces=GROUPS, positions="all")
+    model.set_strength("default", 0.25)
+    model.set_subspaces("default", "task")
+    with getattr(model, block)("default", 0.5 if block == "strength" else "style"):
+        replace(model)
+        fresh = logits(model)
+    assert torch.equal(logits(model), fresh)
 
 
 def test_an_unknown_adapter_is_named():

@@ -20,8 +20,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_WORD = re.compile(r"(?P<whole>all|prompt|completion)|(?P<kind>[flc])(?P<count>[1-9]\d*)")
+_WORD = re.compile(r"(?P<whole>all|prompt|completion)|(?P<kind>[flc])(?P<count>[1-9][0-9]*)")
 _KINDS = {"f": "first", "l": "last", "c": "count", "all": "all", "prompt": "prompt", "completion": "completion"}
+# More than any sequence has, and sums of two fit into 32 bits.
+_MOST = 10**9
 _ALLOWED = "f<n>, l<n>, c<n> (n >= 1), prompt, completion and all, combined with '+', for example 'f7+l7' or 'f3+c2'"
 # Two words of one group could select the same token.
 _GROUPS = (
@@ -88,7 +90,8 @@ def parse(spec: str, shared: bool = True) -> Positions:
         shared: whether one intervention serves all words.
 
     Raises:
-        ValueError: an unknown word (the message points at the character), or two words that overlap.
+        ValueError: an unknown word (the message points at the character), an n above 1,000,000,000, or two words that
+            overlap.
         TypeError: `spec` is not a string.
     """
     if not isinstance(spec, str):
@@ -105,10 +108,21 @@ def parse(spec: str, shared: bool = True) -> Positions:
                 f"Allowed are {_ALLOWED}."
             )
         kind = _KINDS[match["whole"] or match["kind"]]
-        words.append(Word(kind, int(match["count"] or 0), text))
+        words.append(Word(kind, _count(match["count"] or "0", text), text))
         _check_overlap(words, spec)
         offset += len(part) + 1
     return Positions(tuple(words), shared)
+
+
+def _count(digits: str, word: str) -> int:
+    # Python refuses to read thousands of digits, with an error of its own.
+    if len(digits) > len(str(_MOST)) or int(digits) > _MOST:
+        shown = word if len(word) <= 40 else f"{word[:20]}... ({len(digits)} digits)"
+        raise ValueError(
+            f"positions: {shown!r} counts further than {_MOST:,}, the most that is allowed; 'prompt' and 'completion' "
+            "select all tokens there are."
+        )
+    return int(digits)
 
 
 def _check_overlap(words: list[Word], spec: str) -> None:
