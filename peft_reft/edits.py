@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from peft_reft.autograd import gather_rows
 from peft_reft.interventions import (
     Factors,
     Intervention,
@@ -32,6 +31,32 @@ from peft_reft.tokens.selections import RowSelection, Selection
 
 # hidden [b, k, d], unit of each representation [b, k] (0 for none) -> edit [b, k, d]
 Stacked = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class AdapterSettings:
+    """How an adapter acts at one site.
+
+    Attributes:
+        positions: the tokens that it edits.
+        strength: factor of its edits; 0 leaves the model as it is.
+        subspaces: name -> its coordinates in the subspace of dimension `r`.
+        coordinates: float32 `[r]`, 1 for the coordinates that are edited; None for all.
+        freeze_subspace: whether the projection is never trained.
+    """
+
+    positions: Positions
+    strength: float = 1.0
+    subspaces: dict[str, range] = field(default_factory=dict)
+    coordinates: torch.Tensor | None = None
+    freeze_subspace: bool = False
+
+    def mask(self, names: Sequence[str]) -> torch.Tensor:
+        """1 for the coordinates of the named subspaces, 0 for the others; float32 `[r]`. Other names count nothing."""
+        mask = torch.zeros(sum(map(len, self.subspaces.values())))
+        for name in names:
+            mask[list(self.subspaces.get(name, ()))] = 1
+        return mask
 
 
 @dataclass(eq=False)
@@ -123,6 +148,33 @@ class RowEdits:
         if dtype not in self._stacked:
             self._stacked[dtype] = stack(self.members, self.index, dtype)
         return self._stacked[dtype]
+
+
+def gather_rows(hidden: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden` itself and its rows `hidden[index]`, for adding something to these rows.
+
+    The gradient of both together is one copy of that of the first with something added to some rows. As two uses of
+    `hidden` they would cost a tensor of zeros and a sum, each of its whole size.
+
+    Args:
+        hidden: `[n, d]`.
+        index: int64 `[k]`, all different.
+    """
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not (hidden.requires_grad and torch.is_grad_enabled()) or is_recorded:
+        return hidden, hidden.index_select(0, index)
+    return _GatherRows.apply(hidden, index)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(index)
+        return hidden.view_as(hidden), hidden.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, whole: torch.Tensor, picked: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return whole.index_add(0, *ctx.saved_tensors, picked), None
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ model.generate(...) --> GenerateEntry --> opens a Generation, to which the passe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ class GenerateEntry(StandIn):
             ids = next((v for v in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if v is not None), None)
             own = {name: kwargs.pop(name) for name in self._arguments & kwargs.keys()}
             prompt_mask = own.pop("prompt_mask", tracker.own.prompt_mask)
-            with tracker.asking(self._requests(ids, kwargs, own)):
+            requests = self._requests(ids, kwargs, own)
+            with nullcontext() if requests is None else tracker.asking(requests):
                 if self.decoder_only:
                     return self._generate(generate, args, kwargs, ids, prompt_mask)
                 return generate(*args, **kwargs)
@@ -85,7 +86,7 @@ class GenerateEntry(StandIn):
     def _requests(
         self, ids: torch.Tensor | None, kwargs: Mapping[str, Any], own: Mapping[str, Any]
     ) -> RowRequests | None:
-        requests = RowRequests.of(own, self.tracker.own.requests)
+        requests = RowRequests.of(own, self.tracker.own.requests) if own else self.tracker.own.requests
         if requests is not None:
             given = next((v for v in (ids, *map(kwargs.get, _INPUTS)) if v is not None), None)
             batch = None if given is None else given.shape[0]

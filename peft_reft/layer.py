@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from peft_reft import merging
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
-from peft_reft.edits import Edit, RowEdits, edits_of_rows, view_without_aliasing
+from peft_reft.edits import AdapterSettings, Edit, RowEdits, edits_of_rows, view_without_aliasing
 from peft_reft.interventions import INTERVENTIONS, Intervention
-from peft_reft.modules import modules_around, named_modules
+from peft_reft.modules import device_of, named_modules
 from peft_reft.sites import Site
 from peft_reft.tokens.passes import Pass
 from peft_reft.tokens.positions import Positions
@@ -28,32 +28,6 @@ from peft_reft.tracker import Tracker
 
 # What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.
 CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
-
-
-@dataclass
-class AdapterSettings:
-    """How an adapter acts at one site.
-
-    Attributes:
-        positions: the tokens that it edits.
-        strength: factor of its edits; 0 leaves the model as it is.
-        subspaces: name -> its coordinates in the subspace of dimension `r`.
-        coordinates: float32 `[r]`, 1 for the coordinates that are edited; None for all.
-        freeze_subspace: whether the projection is never trained.
-    """
-
-    positions: Positions
-    strength: float = 1.0
-    subspaces: dict[str, range] = field(default_factory=dict)
-    coordinates: torch.Tensor | None = None
-    freeze_subspace: bool = False
-
-    def mask(self, names: Sequence[str]) -> torch.Tensor:
-        """1 for the coordinates of the named subspaces, 0 for the others; float32 `[r]`. Other names count nothing."""
-        mask = torch.zeros(sum(map(len, self.subspaces.values())))
-        for name in names:
-            mask[list(self.subspaces.get(name, ()))] = 1
-        return mask
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -86,7 +60,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # The block itself is not registered inside its child.
         self._host = (site.module,)
-        self._is_block = site.is_block
         self._handle: RemovableHandle | None = None
         self._last_edited_offset: float = 0
         self._unmerged: merging.Original | None = None
@@ -168,7 +141,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             init_weights=config.init_weights,
         )
         if not any(parameter.is_meta for parameter in intervention.parameters()):
-            intervention.to(_device(self.host))
+            intervention.to(device_of(self.host))
         intervention.train(self.training)
         self.reft_intervention[adapter_name] = intervention
         self._last_edited_offset = max(self._last_edited_offset, _last_edited_offset(positions))
@@ -263,7 +236,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Whether the edited module had no bias, and has or gets one with these adapters merged into it."""
         original = self.host if self._unmerged is None else self._unmerged
         names = [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
-        return original.bias is None and any(name in self.reft_intervention and self._shifts(name) for name in names)
+        return any(name in self.reft_intervention and self._shifts(name) for name in names) and original.bias is None
 
     def _shifts(self, adapter_name: str) -> bool:
         """Whether an affine edit moves a representation of zeros, so that a layer needs a bias to do the same."""
@@ -371,7 +344,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         hook behind this one may change it in place.
         """
         hooks = self.host._forward_pre_hooks if self.side == INPUT else self.host._forward_hooks
-        return self._is_block and len(hooks) == 1
+        return self.is_block and len(hooks) == 1
 
     def _edits(self, pass_: Pass, batch: int) -> list[Edit] | list[RowEdits]:
         if _by_row(pass_):
@@ -439,15 +412,6 @@ def _by_row(pass_: Pass) -> bool:
 def _last_edited_offset(positions: Positions) -> float:
     """How many tokens after the prompt are edited at most; decoding steps after those have nothing to do."""
     return math.inf if positions.tail else positions.counted
-
-
-def _device(module: nn.Module) -> torch.device:
-    hook_devices = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in modules_around(module))
-    device = next((device for device in hook_devices if device is not None), None)
-    if device is not None:
-        return torch.device(device)
-    tensors = (t for m in modules_around(module) for t in (*m._parameters.values(), *m._buffers.values()))
-    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
 
 def first_tensor(output: Any) -> Any:

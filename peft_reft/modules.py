@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -43,3 +44,13 @@ def modules_around(module: nn.Module) -> Iterator[nn.Module]:
         yield module
         if not isinstance(module, BaseTunerLayer):
             waiting.extend(reversed(list(module.children())))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module computes on, accelerate's hooks considered; the CPU for one without tensors."""
+    hook_devices = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in modules_around(module))
+    device = next((device for device in hook_devices if device is not None), None)
+    if device is not None:
+        return torch.device(device)
+    tensors = (t for m in modules_around(module) for t in (*m._parameters.values(), *m._buffers.values()))
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))

@@ -10,7 +10,8 @@ from numbers import Real
 
 import torch
 
-from peft_reft.interventions import LobireftIntervention, LowRankIntervention, RedIntervention, orthonormal_rows
+from peft_reft.autograd import orthonormal_rows
+from peft_reft.interventions import LobireftIntervention, LowRankIntervention, RedIntervention
 from peft_reft.layer import AdapterSettings, ReftLayer, layers
 
 # Cosine between two directions from which on subspaces count as overlapping: above the noise of float32.

@@ -16,12 +16,12 @@ from types import CodeType
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_reft.calls import groups_of_layers, say_uncalled
 from peft_reft.components import DECODER, ENCODER
+from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
 from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache
@@ -391,7 +391,7 @@ class Entry(StandIn):
             shape = next((stream.shape for stream in pass_.streams.values() if stream.shape[0]), None)
             requests.check(self.tracker.adapters, self.module.training, None if shape is None else shape[0])
             if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
-                pass_.handles += _choose_heads(self.module, requests)
+                pass_.handles += choose_heads(self.module, requests)
 
     def _tokens(self, stream: str, call: Mapping[str, Any]) -> CallTokens | None:
         if self.encoder_decoder and stream == DECODER and len(self.streams) > 1:
@@ -429,20 +429,6 @@ class Entry(StandIn):
             if hasattr(cache, "__dict__"):
                 # Decoding loops of the user's tell each pass no more than its own tokens.
                 setattr(cache, RECORD, Record(stream.prompt()))
-
-
-def _choose_heads(module: nn.Module, requests: RowRequests) -> list[RemovableHandle]:
-    """Let the modules inside `module` that PEFT trains whole (`modules_to_save`) run each row through its adapter's
-    copy, until the handles are removed.
-    """
-
-    def name_rows(head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        # Adapters without a copy use the original.
-        names = [name for name, _ in requests.of_rows(len(args[0]))]
-        return args, kwargs | {"adapter_names": [name if name in head._adapters else BASE for name in names]}
-
-    heads = [part for part in module.modules() if isinstance(part, AuxiliaryTrainingWrapper)]
-    return [head.register_forward_pre_hook(name_rows, with_kwargs=True) for head in heads]
 
 
 def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -1,25 +1,11 @@
-"""What the trainer that is running does to the prompts of its batches."""
+"""What trainers do to the prompts of their batches, and what is refused of it."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 # Packing strategies of TRL that cut samples: what is behind a cut looks like a sequence of its own, or like a turn.
 _CUTTING = ("bfd_split", "wrapped")
-
-
-def running_trainer() -> Any | None:
-    """The Transformers `Trainer` whose training step is going on in this thread, None if none is."""
-    trainers = sys.modules.get("transformers.trainer")
-    frame = None if trainers is None else sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "training_step":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, trainers.Trainer):
-                return owner
-        frame = frame.f_back
-    return None
 
 
 def refuse_cut_samples(trainer: Any, positions: object) -> None:

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from tiny import llama
 
 from peft_reft import ReftConfig
-from peft_reft.autograd import add_low_rank, gather_rows
+from peft_reft.autograd import add_low_rank
+from peft_reft.edits import gather_rows
 
 LINKS = {
     "identity": (None, 3),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference import edited, gram_schmidt
 
-from peft_reft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, Scope, orthonormal_rows
+from peft_reft.autograd import orthonormal_rows
+from peft_reft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, Scope
 
 FEATURES, RANK = 24, 4
 

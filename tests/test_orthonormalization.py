@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from peft_reft.interventions import LoreftIntervention, orthonormal_rows
+from peft_reft.autograd import orthonormal_rows
+from peft_reft.interventions import LoreftIntervention
 
 
 def gram_schmidt(rows: np.ndarray) -> np.ndarray:

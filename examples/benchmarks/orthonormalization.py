@@ -34,7 +34,8 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoTokenizer
 
-from peft_reft.interventions import LoreftIntervention, orthonormal_rows
+from peft_reft.autograd import orthonormal_rows
+from peft_reft.interventions import LoreftIntervention
 
 TARGET = 1e-6  # largest entry of |R R^T - I|
 LEARNING_RATE = 4e-3

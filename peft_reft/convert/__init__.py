@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -82,20 +83,36 @@ def convert(
     source, target = Path(source), Path(target)
     _check_target(target)
     given = {"positions": positions, "share_weights": share_weights or None, "act_fn": act_fn, "dropout": dropout}
-    if _is_adapterhub(source):
-        _refuse_stored(source, given)
-        stored_name, stored_labels = adapterhub.base_model(source)
-        model = _skeleton(base_model or stored_name, task_type, num_labels or stored_labels)
-        adapter = adapterhub.read(source, model, intervention)
-    else:
-        if positions is None:
-            raise ValueError(
-                "pyreft stores no positions: give those that the adapter was trained with as positions (--positions), "
-                "for instance 'f7+l7'."
-            )
-        words = parse(positions, share_weights)
-        model = _skeleton(base_model, task_type, num_labels)
-        adapter = pyreft.read(source, model, words, intervention, act_fn, dropout or 0.0)
+    read = _read_adapterhub if _is_adapterhub(source) else _read_pyreft
+    model, adapter = read(source, given, intervention, (base_model, task_type, num_labels))
+    _save(source, target, model, adapter, task_type)
+    return target
+
+
+def _read_adapterhub(
+    source: Path, given: dict[str, Any], intervention: str | None, base: tuple[Any, str | None, int | None]
+) -> tuple[PreTrainedModel, ForeignAdapter]:
+    _refuse_stored(source, given)
+    base_model, task_type, num_labels = base
+    stored_name, stored_labels = adapterhub.base_model(source)
+    model = _skeleton(base_model or stored_name, task_type, num_labels or stored_labels)
+    return model, adapterhub.read(source, model, intervention)
+
+
+def _read_pyreft(
+    source: Path, given: dict[str, Any], intervention: str | None, base: tuple[Any, str | None, int | None]
+) -> tuple[PreTrainedModel, ForeignAdapter]:
+    if given["positions"] is None:
+        raise ValueError(
+            "pyreft stores no positions: give those that the adapter was trained with as positions (--positions), "
+            "for instance 'f7+l7'."
+        )
+    words = parse(given["positions"], bool(given["share_weights"]))
+    model = _skeleton(*base)
+    return model, pyreft.read(source, model, words, intervention, given["act_fn"], given["dropout"] or 0.0)
+
+
+def _save(source: Path, target: Path, model: PreTrainedModel, adapter: ForeignAdapter, task_type: str | None) -> None:
     for edit in (edit for edits in adapter.edits.values() for edit in edits):
         check_edit(edit)
     try:
@@ -103,7 +120,6 @@ def convert(
     except ValueError as error:
         raise (error if f"{source}" in str(error) else ValueError(f"{source}: {error}")) from error.__cause__
     converted.save_pretrained(str(target))
-    return target
 
 
 def _check_target(target: Path) -> None:

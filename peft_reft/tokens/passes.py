@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.requests import RowPositions, RowRequests
-from peft_reft.tokens.runs import Marks, Runs, Segments, edited_first, repeat_rows
-from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
+from peft_reft.tokens.runs import Marks, Runs, Segments
+from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection, edited_first, repeat_rows
 
 
 @dataclass(eq=False)

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 _WORD = re.compile(r"(?P<whole>all|prompt|completion)|(?P<kind>[flc])(?P<count>[1-9][0-9]*)")
 _KINDS = {"f": "first", "l": "last", "c": "count", "all": "all", "prompt": "prompt", "completion": "completion"}
@@ -43,7 +45,9 @@ class Word:
 
 
 class Positions:
-    """A parsed position spec. `units` interventions serve its words: one for all, or one for each word.
+    """A parsed position spec. Equal specs are one object.
+
+    `units` interventions serve its words: one for all, or one for each word.
 
     Attributes:
         words: the words.
@@ -66,20 +70,22 @@ class Positions:
         self.tail = self.kinds.get("all", self.kinds.get("completion", (0, 0)))[1]
         self.counted = self.kinds.get("count", (0, 0))[0]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Positions) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _the_one_of, (self.words, self.shared)
 
     def only(self, prompt: bool, completion: bool) -> Positions:
         """The words that can select a token where there is only a prompt, or only a completion."""
         kinds = {"all"} | ({"first", "last", "prompt"} if prompt else set())
         kinds |= {"completion", "count"} if completion else set()
-        return Positions(tuple(word for word in self.words if word.kind in kinds), self.shared)
+        return _the_one_of(tuple(word for word in self.words if word.kind in kinds), self.shared)
 
     def __str__(self) -> str:
         return self.key[0]
+
+
+@cache
+def _the_one_of(words: tuple[Word, ...], shared: bool) -> Positions:
+    return Positions(words, shared)
 
 
 def parse(spec: str, shared: bool = True) -> Positions:
@@ -111,7 +117,7 @@ def parse(spec: str, shared: bool = True) -> Positions:
         words.append(Word(kind, _count(match["count"] or "0", text), text))
         _check_overlap(words, spec)
         offset += len(part) + 1
-    return Positions(tuple(words), shared)
+    return _the_one_of(tuple(words), shared)
 
 
 def _count(digits: str, word: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from peft_reft.tokens.passes import Stream, Untold
 from peft_reft.tokens.positions import Positions
-from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments, rows_of_batch
-from peft_reft.trainers import refuse_cut_samples, refuse_unlabeled, running_trainer
+from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments
+from peft_reft.tokens.selections import rows_of_batch
+from peft_reft.trainers import refuse_cut_samples, refuse_unlabeled
 
 # The attribute of a cache that tells which of its tokens were prompt. So it is copied and dropped with the cache.
 RECORD = "peft_reft_record"
@@ -310,7 +312,7 @@ class Told(Stream):
         return Marks(real, labels=labels, starts=starts, turn=past)
 
     def _check_told(self, positions: Positions) -> None:
-        trainer = running_trainer() if self.training else None
+        trainer = _running_trainer() if self.training else None
         if self.tokens.labels is None:
             self._warn_of_guess(positions, trainer)
         elif trainer is not None:
@@ -380,3 +382,16 @@ class Decoded(Stream):
     def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
         if self.tokens is not None:
             super()._check_shape(positions, hidden, name)
+
+
+def _running_trainer() -> Any | None:
+    """The Transformers `Trainer` whose training step is going on in this thread, None if none is."""
+    trainers = sys.modules.get("transformers.trainer")
+    frame = None if trainers is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "training_step":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, trainers.Trainer):
+                return owner
+        frame = frame.f_back
+    return None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from peft_reft.tokens.positions import Positions, parse
-from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
+from peft_reft.tokens.selections import EVERY_TOKEN, Selection, repeat_rows, rows_of_batch
 
 IGNORE_INDEX = -100
 
@@ -31,11 +31,6 @@ _NOTHING_EDITED = (
     "positions='{}' edits no token of this training batch: its prompts (or answers) are too short, or prompt_mask "
     "marks nothing. Use longer ones, or positions='all'."
 )
-
-
-def rows_of_batch(rows: Sequence[int], batch: int) -> str:
-    """How messages name some rows of a batch."""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {batch}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,8 @@ class Segments:
         if promptless and positions.needs_prompt:
             raise ValueError(
                 f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of "
-                f"{rows_of_batch(promptless, self.shape[0])} supervise the very first token, or, in packed sequences, all "
-                f"but the first one, which is how padding-free collators leave plain text: there is no prompt. "
+                f"{rows_of_batch(promptless, self.shape[0])} supervise the very first token, or, in packed sequences, "
+                "all but the first one, which is how padding-free collators leave plain text: there is no prompt. "
                 f"{_REMEDIES}"
             )
 
@@ -145,38 +140,6 @@ class Segments:
         first = begin // tokens * tokens + past
         lengths = np.maximum(end, first) - np.maximum(begin, first)
         return Segments((batch, tokens - past), lengths, self.codes, self.promptless)
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # CUDA copies from ordinary memory without a wait for the device when told so.
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def edited_first(codes: torch.Tensor, device: torch.device) -> RowSelection | None:
-    """The selection of codes `[rows, tokens]`: of all tokens, or with an index where few are edited."""
-    most = int((codes > 0).sum(-1).max())
-    if most == 0:
-        return None
-    if 2 * most > codes.shape[1]:
-        return RowSelection(codes.to(device))
-    # A row with fewer edited tokens than others is filled up with tokens of code 0.
-    index = (codes > 0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
-    return RowSelection(codes.gather(1, index).to(device), index.to(device))
-
-
-def repeat_rows(codes: torch.Tensor, batch: int) -> torch.Tensor:
-    """Codes `[rows, tokens]` of a `generate` call for the `batch` rows of one of its passes.
-
-    Raises:
-        ValueError: the rows cannot be told apart.
-    """
-    rows = codes.shape[0]
-    if batch % rows:
-        raise ValueError(
-            f"generate was called with {rows} sequences, but a pass of it has {batch}, so they cannot be told apart. "
-            "Decoding loops must keep all rows, or repeat each of them equally often."
-        )
-    return codes.repeat_interleave(batch // rows, dim=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,14 +233,7 @@ def find_positions(
 
 @find_positions.register_fake
 def _(
-    grid: torch.Tensor,
-    packed: bool,
-    told_by_labels: bool,
-    prompt_known: bool,
-    turn: int,
-    past: int,
-    spec: str,
-    shared: bool,
+    grid: torch.Tensor, _packed: bool, _labels: bool, _known: bool, _turn: int, past: int, *_spec: str | bool
 ) -> torch.Tensor:
     return grid.new_empty((grid.shape[0], grid.shape[1] - past), dtype=torch.int8)
 
@@ -460,6 +416,11 @@ def _codes(kinds: dict[str, tuple[int, int]], *parts: str) -> tuple[int, ...]:
     """The unit's code for each part of a run, where `all` takes every part."""
     whole = kinds.get("all", (0, 0))
     return tuple(kinds.get(part, whole)[1] for part in parts)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # CUDA copies from ordinary memory without a wait for the device when told so.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _opens(flat: np.ndarray, tokens: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,3 +35,35 @@ class RowSelection:
 
     codes: torch.Tensor
     index: torch.Tensor | None = None
+
+
+def edited_first(codes: torch.Tensor, device: torch.device) -> RowSelection | None:
+    """The selection of codes `[rows, tokens]`: of all tokens, or with an index where few are edited."""
+    most = int((codes > 0).sum(-1).max())
+    if most == 0:
+        return None
+    if 2 * most > codes.shape[1]:
+        return RowSelection(codes.to(device))
+    # A row with fewer edited tokens than others is filled up with tokens of code 0.
+    index = (codes > 0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    return RowSelection(codes.gather(1, index).to(device), index.to(device))
+
+
+def repeat_rows(codes: torch.Tensor, batch: int) -> torch.Tensor:
+    """Codes `[rows, tokens]` of a `generate` call for the `batch` rows of one of its passes.
+
+    Raises:
+        ValueError: the rows cannot be told apart.
+    """
+    rows = codes.shape[0]
+    if batch % rows:
+        raise ValueError(
+            f"generate was called with {rows} sequences, but a pass of it has {batch}, so they cannot be told apart. "
+            "Decoding loops must keep all rows, or repeat each of them equally often."
+        )
+    return codes.repeat_interleave(batch // rows, dim=0)
+
+
+def rows_of_batch(rows: Sequence[int], batch: int) -> str:
+    """How messages name some rows of a batch."""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))} of this batch of {batch}"
