@@ -1,0 +1,1 @@
+"""Programs that load models themselves. Nothing here is imported by `import peft_reft`."""

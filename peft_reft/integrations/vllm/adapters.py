@@ -1,0 +1,201 @@
+"""An adapter as an engine needs it: loaded from a folder or the hub, checked against the model, told apart by contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+
+from peft_reft.components import INPUT, OUTPUT
+from peft_reft.config import ReftConfig
+from peft_reft.interventions import INTERVENTIONS, Intervention
+from peft_reft.tokens.positions import Positions, parse
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<blocks>(?:\w+\.)*?\w+)\.(?P<layer>\d+)(?:\.(?P<module>.+?))?"
+    r"\.(?P<child>reft|input_reft)\.reft_intervention\.(?P<parameter>\w+)"
+)
+_SIDES = {"reft": OUTPUT, "input_reft": INPUT}
+
+
+class Place(NamedTuple):
+    """What is edited: a layer's number, the dotted name of a module in it (empty for the layer itself), and its side."""
+
+    layer: int
+    module: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.module or 'block'}.{self.side}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does, without a model.
+
+    Attributes:
+        intervention, act_fn, positions, share_weights: as in `ReftConfig`.
+        tensors: its parameters under the names that PEFT saves them with.
+        base_model: the model that it was trained on, if it tells.
+    """
+
+    intervention: str
+    act_fn: str | None
+    positions: str
+    share_weights: bool
+    tensors: Mapping[str, torch.Tensor]
+    base_model: str | None = None
+
+    @classmethod
+    def load(cls, source: str) -> Adapter:
+        """Read an adapter from a folder or the hub.
+
+        Raises:
+            ValueError: the source holds no ReFT adapter, or one that an engine cannot serve.
+        """
+        try:
+            config = PeftConfig.from_pretrained(source)
+            tensors = load_peft_weights(source, device="cpu")
+        except Exception as error:
+            # PEFT, the hub and safetensors raise many kinds for a folder that is missing or broken.
+            raise ValueError(f"The adapter {source!r} cannot be read: {type(error).__name__}: {error}") from error
+        if not isinstance(config, ReftConfig):
+            raise ValueError(f"{source!r} holds a {config.peft_type} adapter, not a ReFT adapter.")
+        return cls.of(config, tensors, source)
+
+    @classmethod
+    def of(cls, config: ReftConfig, tensors: Mapping[str, torch.Tensor], source: str = "the adapter") -> Adapter:
+        """The adapter with this config and these parameters, named as PEFT saves them.
+
+        Raises:
+            ValueError: it trains more than interventions.
+        """
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, option):
+                raise ValueError(
+                    f"{source!r} has {option}={getattr(config, option)!r}: vLLM serves one base model for all adapters, "
+                    f"so it cannot take another adapter's modules. Train without {option}."
+                )
+        strange = [name for name in tensors if _KEY.fullmatch(name) is None]
+        if strange or not tensors:
+            example = strange[0] if strange else "no tensor at all"
+            raise ValueError(
+                f"{source!r} holds {example}, which belongs to no intervention in a numbered layer of the model. vLLM "
+                "serves edits of layers (component) and of modules in them (target_modules)."
+            )
+        contents = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        return cls(
+            config.intervention,
+            config.act_fn,
+            config.positions,
+            config.share_weights,
+            contents,
+            config.base_model_name_or_path,
+        )
+
+    @property
+    def parsed_positions(self) -> Positions:
+        return parse(self.positions, self.share_weights)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for adapters that edit alike: a digest of the weights and of what they are used for."""
+        digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        names = ("intervention", "act_fn", "positions", "share_weights")
+        return {name: getattr(self, name) for name in names}
+
+    def pack(self) -> tuple[str, bytes]:
+        """What another process makes the same adapter of, with `unpack`."""
+        return json.dumps(self._settings), safetensors.torch.save(dict(self.tensors))
+
+    @classmethod
+    def unpack(cls, settings: str, tensors: bytes) -> Adapter:
+        return cls(**json.loads(settings), tensors=safetensors.torch.load(tensors))
+
+    @cached_property
+    def places(self) -> dict[Place, dict[str, torch.Tensor]]:
+        """The parameters by name, for each place that is edited."""
+        found: dict[Place, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            key = _KEY.fullmatch(name)
+            place = Place(int(key["layer"]), key["module"] or "", _SIDES[key["child"]])
+            found.setdefault(place, {})[key["parameter"]] = tensor
+        return found
+
+    @property
+    def blocks(self) -> set[str]:
+        """Names of the stacks of layers that are edited."""
+        return {_KEY.fullmatch(name)["blocks"] for name in self.tensors}
+
+    def intervention_at(self, place: Place) -> Intervention:
+        """The intervention of one place, on the CPU.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape.
+        """
+        parameters = self.places[place]
+        units, *_, features = next(t.shape for name, t in parameters.items() if name in ("projection", "scale"))
+        rank = parameters["projection"].shape[1] if "projection" in parameters else 0
+        with torch.device("meta"):
+            intervention = INTERVENTIONS[self.intervention](features, rank, units, self.act_fn)
+        try:
+            intervention.load_state_dict(parameters, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"Broken parameters of the edit at {place}: {error}") from error
+        return intervention.eval().requires_grad_(False)
+
+
+def check(name: str, adapter: Adapter, hidden_size: int, layers: int) -> None:
+    """Refuse an adapter of another model, or with parameters that do not fit together.
+
+    Args:
+        name: what the adapter is called.
+        adapter: the adapter.
+        hidden_size, layers: those of the model.
+
+    Raises:
+        ValueError: it cannot be served with this model.
+    """
+    origin = f" It was trained on {adapter.base_model!r}." if adapter.base_model else ""
+    if len(adapter.blocks) > 1:
+        raise ValueError(
+            f"The adapter {name!r} edits several streams of tokens ({', '.join(sorted(adapter.blocks))}): vLLM serves "
+            "edits of one stack of layers only."
+        )
+    units = adapter.parsed_positions.units
+    for place, parameters in adapter.places.items():
+        if place.layer >= layers:
+            raise ValueError(
+                f"The adapter {name!r} edits layer {place.layer}, but the served model has {layers} layers.{origin}"
+            )
+        if not {"projection", "scale"} & parameters.keys():
+            raise ValueError(f"The adapter {name!r} is broken: parameters are missing at {place}.")
+        intervention = adapter.intervention_at(place)
+        width = next(iter(intervention.parameters())).shape[-1]
+        if width != hidden_size:
+            raise ValueError(
+                f"The adapter {name!r} edits representations of size {width} at {place}, but the served model has "
+                f"hidden size {hidden_size}.{origin}"
+            )
+        if intervention.units != units:
+            raise ValueError(
+                f"The adapter {name!r} is broken: positions={adapter.positions!r} with "
+                f"share_weights={adapter.share_weights} need {units} units, but there are {intervention.units}."
+            )

@@ -1,0 +1,81 @@
+"""vLLM's entry point: called in each of its processes, before anything else.
+
+Only the creation of an engine's configuration is wrapped at first. Everything else is wrapped when a configuration asks
+for ReFT adapters, in this process and, told by an environment variable, in those that it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft_reft.integrations.vllm import wrapping
+from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST, Settings
+
+_FLAG = "PEFT_REFT_SERVES"
+
+_done: set[str] = set()
+
+
+def register() -> None:
+    """Make vLLM know ReFT adapters; nothing changes for engines without them. Safe to call again."""
+    if os.environ.get(_FLAG):
+        install()
+    if "register" not in _done:
+        wrapping.wrap(wrapping.ENGINE_CONFIG, _create_engine_config)
+        _done.add("register")
+
+
+def install() -> None:
+    """Wrap what the adapters need; mutates vLLM's classes in this process.
+
+    Raises:
+        UnknownVersion: this version of vLLM is built differently.
+    """
+    if "install" in _done:
+        return
+    for path, parameters in (wrapping.FRONT | wrapping.CORE | wrapping.WORKER | wrapping.SERVER).items():
+        wrapping.check(path, parameters)
+    from peft_reft.integrations.vllm import engine, server, steps
+
+    for path, around in (engine.WRAPPERS | steps.WRAPPERS | server.WRAPPERS).items():
+        wrapping.wrap(path, around)
+    engine.add_methods()
+    steps.add_methods()
+    _done.update(("install", "refuse"))
+
+
+def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    config = original(self, *args, **kwargs)
+    settings = Settings.of(config.additional_config)
+    if settings is None:
+        _refuse_requests()
+        return config
+    install()
+    from peft_reft.integrations.vllm.engine import prepare
+
+    os.environ[_FLAG] = "1"
+    prepare(config, settings)
+    return config
+
+
+def _refuse_requests() -> None:
+    """Have an engine without adapters refuse requests for one, which would get the base model's answer otherwise."""
+    path = "vllm.v1.engine.input_processor:InputProcessor.process_inputs"
+    try:
+        wrapping.check(path, wrapping.FRONT[path])
+    except wrapping.UnknownVersion:
+        return
+    if "refuse" not in _done:
+        wrapping.wrap(path, _process_inputs)
+        _done.add("refuse")
+
+
+def _process_inputs(original: Any, self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    asked = (getattr(params, "extra_args", None) or {}).get(REQUEST)
+    if asked is not None and getattr(self, "reft", None) is None:
+        raise ValueError(
+            f"{REQUEST}={asked!r}: this engine serves no ReFT adapters. Start it with "
+            f'additional_config={{"{ADAPTERS}": {{name: folder}}}}.'
+        )
+    return original(self, request_id, prompt, params, *args, **kwargs)

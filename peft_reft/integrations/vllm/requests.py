@@ -1,0 +1,112 @@
+"""The adapter of a request: what a caller may write, and what travels to the scheduler and the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import isfinite
+from typing import Any
+
+from peft_reft.integrations.vllm.adapters import Adapter, check
+from peft_reft.integrations.vllm.plan import Editing
+from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST
+from peft_reft.tokens.positions import parse
+
+_parsed = lru_cache(maxsize=1024)(parse)
+_FORMS = f"extra_args={{'{REQUEST}': 'name'}}, or {{'{REQUEST}': {{'name': 'name', 'strength': 0.5}}}}"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The adapter that a request gets, whatever happens to its name later.
+
+    Attributes:
+        name: what the caller called it.
+        fingerprint: its contents.
+        positions, share_weights: as in `ReftConfig`.
+        strength: factor of its edits.
+    """
+
+    name: str
+    fingerprint: str
+    positions: str
+    share_weights: bool
+    strength: float = 1.0
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> Resolved | None:
+        """The adapter in vLLM's `SamplingParams`, once it has been resolved; None for the base model."""
+        asked = (getattr(sampling_params, "extra_args", None) or {}).get(REQUEST)
+        return None if asked is None else cls(**asked)
+
+    def editing(self, prompt: int) -> Editing:
+        """How a request with so many prompt tokens is edited."""
+        return Editing(self.fingerprint, self.strength, _parsed(self.positions, self.share_weights), prompt)
+
+
+class Registry:
+    """The adapters that requests can name, in the process that takes requests.
+
+    Args:
+        hidden_size, layers: those of the served model.
+    """
+
+    def __init__(self, hidden_size: int, layers: int) -> None:
+        self.hidden_size, self.layers = hidden_size, layers
+        self.adapters: dict[str, Resolved] = {}
+        self.sources: dict[str, str] = {}
+
+    def load(self, name: str, source: str) -> Adapter:
+        """Read an adapter that fits the model; `enter` makes it known.
+
+        Raises:
+            ValueError: it cannot be read, or does not fit.
+        """
+        adapter = Adapter.load(source)
+        check(name, adapter, self.hidden_size, self.layers)
+        return adapter
+
+    def enter(self, name: str, adapter: Adapter, source: str) -> str | None:
+        """Let requests name an adapter; returns the fingerprint that nothing is called by any longer."""
+        known = Resolved(name, adapter.fingerprint, adapter.positions, adapter.share_weights)
+        before = self.adapters.get(name)
+        self.adapters[name], self.sources[name] = known, source
+        return self._unused(before)
+
+    def leave(self, name: str) -> str | None:
+        """Forget a name; returns as `enter`.
+
+        Raises:
+            ValueError: nothing is called so.
+        """
+        before = self.resolve(name)
+        del self.adapters[name], self.sources[name]
+        return self._unused(before)
+
+    def _unused(self, before: Resolved | None) -> str | None:
+        if before is None or any(known.fingerprint == before.fingerprint for known in self.adapters.values()):
+            return None
+        return before.fingerprint
+
+    def resolve(self, asked: Any) -> Resolved:
+        """The adapter that a request asks for: a name, `{"name": ..., "strength": ...}`, or `[name, strength]`.
+
+        Raises:
+            ValueError: an unknown name, or another form.
+        """
+        if isinstance(asked, (list, tuple)) and len(asked) == 2:
+            asked = dict(zip(("name", "strength"), asked, strict=True))
+        if isinstance(asked, str):
+            asked = {"name": asked}
+        if not isinstance(asked, Mapping) or "name" not in asked or not asked.keys() <= {"name", "strength"}:
+            raise ValueError(f"{REQUEST}={asked!r} names no adapter; write {_FORMS}.")
+        known, strength = self.adapters.get(asked["name"]), asked.get("strength", 1.0)
+        if known is None:
+            raise ValueError(
+                f"There is no ReFT adapter {asked['name']!r}; loaded are {sorted(self.adapters)}. Name it in {ADAPTERS} "
+                "of additional_config, or add it with peft_reft.integrations.vllm.add_adapter."
+            )
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not isfinite(strength):
+            raise ValueError(f"The strength of the ReFT adapter {known.name!r} must be a number, got {strength!r}.")
+        return Resolved(**asdict(known) | {"strength": float(strength)})

@@ -1,0 +1,3 @@
+"""The plug-in in vLLM's OpenAI server."""
+
+WRAPPERS = {}

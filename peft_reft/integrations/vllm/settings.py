@@ -1,0 +1,57 @@
+"""What a user asks of the plug-in, in vLLM's `additional_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_reft.components import COMPONENTS
+
+ADAPTERS, WIDER, MEMORY = "reft_adapters", "reft_components", "reft_memory_mib"
+# Written by the plug-in itself: what the first adapters edit, each a module's name and its side.
+TARGETS = "reft_targets"
+# The adapter of a request, in its extra arguments.
+REQUEST = "reft"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plug-in's options.
+
+    Attributes:
+        adapters: `reft_adapters`, name -> folder or hub id. An empty dictionary prepares for adapters that are added
+            later.
+        components: `reft_components`, what adapters that are added later may edit: `block_output` and what
+            the first adapters edit in any case.
+        memory_mib: `reft_memory_mib`, the most memory that the factors of all adapters may take on a worker, in MiB.
+        targets: see `TARGETS`.
+    """
+
+    adapters: Mapping[str, str]
+    components: tuple[str, ...] = ()
+    memory_mib: int = 1024
+    targets: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, additional_config: Any) -> Settings | None:
+        """The options among an engine's `additional_config`; None without `reft_adapters`.
+
+        Raises:
+            ValueError: a value that is none of those allowed.
+        """
+        if not isinstance(additional_config, Mapping):
+            return None
+        given = {name: value for name, value in additional_config.items() if name.startswith("reft_")}
+        if unknown := sorted(given.keys() - {ADAPTERS, WIDER, MEMORY, TARGETS}):
+            raise ValueError(f"Unknown {unknown[0]!r} in additional_config; known are {[ADAPTERS, WIDER, MEMORY]}.")
+        if ADAPTERS not in given:
+            return None
+        adapters, components, memory = given[ADAPTERS], given.get(WIDER, []), given.get(MEMORY, cls.memory_mib)
+        if not isinstance(adapters, Mapping) or not all(isinstance(path, str) for path in adapters.values()):
+            raise ValueError(f"{ADAPTERS} must map names to folders or hub ids, got {adapters!r}.")
+        if not isinstance(components, list) or not set(components) <= set(COMPONENTS):
+            raise ValueError(f"{WIDER} must be a list of some of {list(COMPONENTS)}, got {components!r}.")
+        if not isinstance(memory, int) or memory < 1:
+            raise ValueError(f"{MEMORY} must be a positive integer, got {memory!r}.")
+        return cls(dict(adapters), tuple(components), memory, tuple(given.get(TARGETS, ())))
