@@ -145,6 +145,30 @@ class HuggingFace:
         return tuple(output[0, len(request.ids) :].tolist())
 
 
+def answers(llm: Any, requests: list[Request], tokens: int = 12, **options: Any) -> list[Answer]:
+    """What vLLM answers, the most likely tokens each."""
+    return [answer_of(output.outputs[0]) for output in outputs(llm, requests, tokens, **options)]
+
+
+def outputs(llm: Any, requests: list[Request], tokens: int = 12, **options: Any) -> list[Any]:
+    """vLLM's own outputs."""
+    prompts = [{"prompt_token_ids": list(request.ids)} for request in requests]
+    params = [sampling(request, tokens, **options) for request in requests]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def sampling(request: Request, tokens: int = 12, **options: Any) -> Any:
+    from vllm import SamplingParams
+
+    settings = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 5} | options
+    return SamplingParams(**settings, extra_args=request.extra_args or None)
+
+
+def answer_of(output: Any) -> Answer:
+    logprobs = ({token: one.logprob for token, one in place.items()} for place in output.logprobs)
+    return Answer(tuple(output.token_ids), tuple(logprobs))
+
+
 def prompts(count: int, seed: int = 0, shortest: int = 3, longest: int = 60) -> list[tuple[int, ...]]:
     """Random prompts of random lengths."""
     generator = torch.Generator().manual_seed(seed)

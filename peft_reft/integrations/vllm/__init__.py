@@ -7,3 +7,14 @@ vLLM finds it by its entry point, so that nothing need be imported:
     llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct", additional_config={"reft_adapters": {"emoji": "emoji-adapter"}})
     llm.generate(prompts, SamplingParams(max_tokens=50, extra_args={"reft": "emoji"}))
 """
+
+from peft_reft.integrations.vllm.adapters import Adapter
+from peft_reft.integrations.vllm.runtime import (
+    adapters,
+    add_adapter,
+    add_adapter_async,
+    remove_adapter,
+    remove_adapter_async,
+)
+
+__all__ = ["Adapter", "adapters", "add_adapter", "add_adapter_async", "remove_adapter", "remove_adapter_async"]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from peft import PeftConfig
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
@@ -101,6 +101,20 @@ class Adapter:
             contents,
             config.base_model_name_or_path,
         )
+
+    @classmethod
+    def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
+        """An adapter of a model in memory, as it is now: training may go on while it is served.
+
+        Raises:
+            ValueError: as `of`.
+        """
+        config = model.peft_config[adapter_name]
+        if not isinstance(config, ReftConfig):
+            raise ValueError(f"{adapter_name!r} is a {config.peft_type} adapter, not a ReFT adapter.")
+        # Copies: the optimizer writes into the parameters.
+        tensors = {name: t.clone() for name, t in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+        return cls.of(config, tensors, adapter_name)
 
     @property
     def parsed_positions(self) -> Positions:

@@ -7,12 +7,14 @@ for ReFT adapters, in this process and, told by an environment variable, in thos
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from peft_reft.integrations.vllm import wrapping
 from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST, Settings
 
 _FLAG = "PEFT_REFT_SERVES"
+_SERVER = "vllm.entrypoints.openai.models.serving"
 
 _done: set[str] = set()
 
@@ -34,11 +36,18 @@ def install() -> None:
     """
     if "install" in _done:
         return
-    for path, parameters in (wrapping.FRONT | wrapping.CORE | wrapping.WORKER | wrapping.SERVER).items():
+    serves = _SERVER in sys.modules  # else nobody needs what it would import
+    symbols = wrapping.FRONT | wrapping.CORE | wrapping.WORKER | (wrapping.SERVER if serves else {})
+    for path, parameters in symbols.items():
         wrapping.check(path, parameters)
-    from peft_reft.integrations.vllm import engine, server, steps
+    from peft_reft.integrations.vllm import engine, steps
 
-    for path, around in (engine.WRAPPERS | steps.WRAPPERS | server.WRAPPERS).items():
+    wrappers = engine.WRAPPERS | steps.WRAPPERS
+    if serves:
+        from peft_reft.integrations.vllm import server
+
+        wrappers |= server.WRAPPERS
+    for path, around in wrappers.items():
         wrapping.wrap(path, around)
     engine.add_methods()
     steps.add_methods()

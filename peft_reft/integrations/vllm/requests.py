@@ -64,8 +64,12 @@ class Registry:
             ValueError: it cannot be read, or does not fit.
         """
         adapter = Adapter.load(source)
-        check(name, adapter, self.hidden_size, self.layers)
+        self.check(name, adapter)
         return adapter
+
+    def check(self, name: str, adapter: Adapter) -> None:
+        """Raise `ValueError` for an adapter of another model."""
+        check(name, adapter, self.hidden_size, self.layers)
 
     def enter(self, name: str, adapter: Adapter, source: str) -> str | None:
         """Let requests name an adapter; returns the fingerprint that nothing is called by any longer."""

@@ -43,6 +43,8 @@ SERVER = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.unload_lora_adapter": ("self", "request"),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params": ("self",),
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params": ("self",),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params": ("self",),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params": ("self",),
     "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params": ("self",),
 }
 

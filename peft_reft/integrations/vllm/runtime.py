@@ -1,0 +1,124 @@
+"""Adapters of a running engine: add, replace and remove them.
+
+The scheduler and the workers learn of a new adapter before requests can name it, and drop an old one when the last
+request that got it is finished: every answer is made with one set of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_reft.integrations.vllm.adapters import Adapter
+from peft_reft.integrations.vllm.requests import Registry
+from peft_reft.integrations.vllm.settings import ADAPTERS
+
+_IN_MEMORY = "in memory"
+
+
+def adapters(engine: Any) -> dict[str, str]:
+    """Name of each adapter that requests can name -> where it was loaded from.
+
+    Args:
+        engine: vLLM's `LLM`, `LLMEngine` or `AsyncLLM`.
+
+    Raises:
+        ValueError: the engine was started without `reft_adapters`.
+    """
+    return dict(_registry(_inner(engine)).sources)
+
+
+def add_adapter(llm: Any, name: str, adapter: str | Adapter) -> None:
+    """Serve one more adapter, or other weights under a name; mutates the engine.
+
+    Requests that are under way keep the weights that they began with.
+
+    Args:
+        llm: vLLM's `LLM` or `LLMEngine`; for `AsyncLLM` see `add_adapter_async`.
+        name: what requests will call it.
+        adapter: a folder, a hub id, or an `Adapter` in memory (`Adapter.of_model`).
+
+    Raises:
+        ValueError: it cannot be read, does not fit the model, or there is no memory for it.
+    """
+    engine = _inner(llm)
+    registry = _registry(engine)
+    loaded = _loaded(registry, name, adapter)
+    try:
+        _call(engine.engine_core, "reft_add", name, *loaded.pack())
+    except Exception as error:
+        raise _refused(name, error) from error
+    unused = registry.enter(name, loaded, _source(adapter))
+    if unused is not None:
+        _call(engine.engine_core, "reft_retire", unused)
+
+
+def remove_adapter(llm: Any, name: str) -> None:
+    """Serve an adapter no longer; requests that are under way finish with it. For arguments see `add_adapter`.
+
+    Raises:
+        ValueError: there is no adapter of this name.
+    """
+    engine = _inner(llm)
+    unused = _registry(engine).leave(name)
+    if unused is not None:
+        _call(engine.engine_core, "reft_retire", unused)
+
+
+async def add_adapter_async(engine: Any, name: str, adapter: str | Adapter) -> None:
+    """`add_adapter` for vLLM's `AsyncLLM`."""
+    registry = _registry(engine)
+    loaded = _loaded(registry, name, adapter)
+    try:
+        await engine.engine_core.call_utility_async("reft_add", name, *loaded.pack())
+    except Exception as error:
+        raise _refused(name, error) from error
+    unused = registry.enter(name, loaded, _source(adapter))
+    if unused is not None:
+        await engine.engine_core.call_utility_async("reft_retire", unused)
+
+
+async def remove_adapter_async(engine: Any, name: str) -> None:
+    """`remove_adapter` for vLLM's `AsyncLLM`."""
+    unused = _registry(engine).leave(name)
+    if unused is not None:
+        await engine.engine_core.call_utility_async("reft_retire", unused)
+
+
+def _loaded(registry: Registry, name: str, adapter: str | Adapter) -> Adapter:
+    if isinstance(adapter, Adapter):
+        registry.check(name, adapter)
+        return adapter
+    return registry.load(name, str(adapter))
+
+
+def _source(adapter: str | Adapter) -> str:
+    return _IN_MEMORY if isinstance(adapter, Adapter) else str(adapter)
+
+
+def _refused(name: str, error: Exception) -> ValueError:
+    # Errors of another process arrive as text.
+    return ValueError(f"The engine cannot serve the ReFT adapter {name!r}: {error}")
+
+
+def _inner(llm: Any) -> Any:
+    return getattr(llm, "llm_engine", llm)
+
+
+def _registry(engine: Any) -> Registry:
+    registry = getattr(engine.input_processor, "reft", None)
+    if registry is None:
+        raise ValueError(
+            f"This engine was not prepared for ReFT adapters. Start it with additional_config={{'{ADAPTERS}': {{}}}}, "
+            "with or without adapters in it."
+        )
+    if engine.vllm_config.parallel_config._api_process_count > 1:
+        raise ValueError("With several API servers (api_server_count) adapters cannot be added or removed.")
+    return registry
+
+
+def _call(client: Any, method: str, *arguments: Any) -> None:
+    core = getattr(client, "engine_core", None)
+    if core is not None:  # in this process
+        getattr(core, method)(*arguments)
+    else:
+        client.call_utility(method, *arguments)
