@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import build, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
-from tiny import build, tokenizer
 
 VOCAB, HIDDEN, LAYERS = 64, 64, 4
 

@@ -1,4 +1,4 @@
-"""An adapter as an engine needs it: loaded from a folder or the hub, checked against the model, told apart by contents."""
+"""An adapter as an engine needs it: read from a folder or the hub, checked against the model, known by its contents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIDES = {"reft": OUTPUT, "input_reft": INPUT}
 
 
 class Place(NamedTuple):
-    """What is edited: a layer's number, the dotted name of a module in it (empty for the layer itself), and its side."""
+    """What is edited: a layer's number, the dotted name of a module in it (empty for the layer itself), its side."""
 
     layer: int
     module: str
@@ -82,8 +82,8 @@ class Adapter:
         for option in ("modules_to_save", "trainable_token_indices"):
             if getattr(config, option):
                 raise ValueError(
-                    f"{source!r} has {option}={getattr(config, option)!r}: vLLM serves one base model for all adapters, "
-                    f"so it cannot take another adapter's modules. Train without {option}."
+                    f"{source!r} has {option}={getattr(config, option)!r}: vLLM serves one base model for all "
+                    f"adapters, so it cannot take modules from one of them. Train without {option}."
                 )
         strange = [name for name in tensors if _KEY.fullmatch(name) is None]
         if strange or not tensors:

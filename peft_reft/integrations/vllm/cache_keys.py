@@ -21,5 +21,8 @@ def block_key(request: Any, begin: int, end: int) -> tuple[str, str] | None:
     if asked is None or asked.strength == 0:
         return None
     editing = asked.editing(request.num_prompt_tokens)
-    runs = [(run.begin - begin, run.end - begin, run.unit) for run in edited_runs(editing.positions, editing.prompt, begin, end)]
+    runs = [
+        (run.begin - begin, run.end - begin, run.unit)
+        for run in edited_runs(editing.positions, editing.prompt, begin, end)
+    ]
     return ("reft", f"{asked.fingerprint} {asked.strength!r} {sorted(runs)}") if runs else None

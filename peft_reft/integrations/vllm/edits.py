@@ -1,7 +1,7 @@
 """Edits of many tokens by many adapters: factors of alike interventions in one table, tokens in batches of groups.
 
-Shapes: `d` hidden size, `r` rank, `m` members of a table (an adapter's unit each), `g` groups of a batch, `k` tokens of a
-group. Factors and edits are float32, as everywhere in the package.
+Shapes: `d` hidden size, `r` rank, `u` units of an intervention, `g` groups of a batch, `k` tokens of a group. Factors and
+edits are float32, as everywhere in the package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Members = slice | torch.Tensor
 
 
 class Kind(NamedTuple):
-    """What interventions have to have in common to be stacked: names of the factors that there are, rank, activation."""
+    """What interventions must share to be stacked: the names of their factors, rank, activation."""
 
     factors: tuple[str, ...]
     rank: int

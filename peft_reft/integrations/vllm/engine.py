@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from peft_reft.integrations.vllm.adapters import Adapter
 from peft_reft.integrations.vllm.cache_keys import block_key
 from peft_reft.integrations.vllm.requests import Registry, Resolved
-from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST, TARGETS, Settings
+from peft_reft.integrations.vllm.settings import ADAPTERS, NOT_SERVED, REQUEST, TARGETS, Settings
 
 logger = init_logger("vllm.peft_reft")
 
@@ -90,8 +91,11 @@ def _process_inputs(
     if asked is None:
         return original(self, request_id, prompt, params, *args, **kwargs)
     if self.reft is None:
-        raise ValueError(f"{REQUEST}={asked!r}: this engine serves no ReFT adapters.")
-    resolved = self.reft.resolve(asked)
+        raise VLLMValidationError(NOT_SERVED.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
+    try:
+        resolved = self.reft.resolve(asked)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=REQUEST) from error
     request = original(self, request_id, prompt, params, *args, **kwargs)
     # The engine's own copy of the parameters; the caller's dictionary stays.
     own = request.sampling_params
@@ -102,25 +106,35 @@ def _process_inputs(
 # In the process of the scheduler.
 
 
-def _init_core(original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-    original(self, vllm_config, *args, **kwargs)
-    self.reft = None
+def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
+    # The step of the scheduler's start that has workers already. Plug-ins are loaded in the middle of its `__init__`.
+    initialized = original(self, vllm_config)
+    self.reft = set()
     if Settings.of(vllm_config.additional_config) is not None:
         self.reft, *others = (set(known) for known in self.collective_rpc("reft_fingerprints"))
         if any(known != self.reft for known in others):
             raise RuntimeError("The workers read different ReFT adapters: the folders changed while they started.")
+    return initialized
 
 
 def _preprocess_add_request(original: Any, self: Any, request: Any) -> Any:
     asked = Resolved.of(request.sampling_params)
-    if asked is not None and asked.fingerprint not in (self.reft or ()):
+    if asked is not None and asked.fingerprint not in self.reft:
         # Raised to the caller, or answered to its request.
         raise ValueError(f"The ReFT adapter {asked.name!r} was removed, or its folder changed, since the request came.")
     return original(self, request)
 
 
 def _reft_add(self: Any, name: str, settings: str, tensors: bytes) -> None:
-    (fingerprint, *_) = self.collective_rpc("reft_add", args=(name, settings, tensors))
+    fingerprint = Adapter.unpack(settings, tensors).fingerprint
+    if fingerprint in self.reft:
+        return
+    try:
+        self.collective_rpc("reft_add", args=(name, settings, tensors))
+    except Exception:
+        # Some workers may have taken it.
+        self.collective_rpc("reft_retire", args=(fingerprint, []))
+        raise
     self.reft.add(fingerprint)
 
 
@@ -150,7 +164,7 @@ def add_methods() -> None:
 WRAPPERS = {
     "vllm.v1.engine.input_processor:InputProcessor.__init__": _init_input_processor,
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": _process_inputs,
-    "vllm.v1.engine.core:EngineCore.__init__": _init_core,
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": _initialize_kv_caches,
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": _preprocess_add_request,
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": _extra_keys,
     "vllm.v1.core.block_pool:generate_block_hash_extra_keys": _extra_keys,

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from peft_reft.integrations.vllm import wrapping
-from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST, Settings
+from peft_reft.integrations.vllm.settings import NOT_SERVED, REQUEST, Settings
 
 _FLAG = "PEFT_REFT_SERVES"
 _SERVER = "vllm.entrypoints.openai.models.serving"
@@ -80,11 +80,12 @@ def _refuse_requests() -> None:
         _done.add("refuse")
 
 
-def _process_inputs(original: Any, self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+def _process_inputs(
+    original: Any, self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
     asked = (getattr(params, "extra_args", None) or {}).get(REQUEST)
     if asked is not None and getattr(self, "reft", None) is None:
-        raise ValueError(
-            f"{REQUEST}={asked!r}: this engine serves no ReFT adapters. Start it with "
-            f'additional_config={{"{ADAPTERS}": {{name: folder}}}}.'
-        )
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(NOT_SERVED.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
     return original(self, request_id, prompt, params, *args, **kwargs)

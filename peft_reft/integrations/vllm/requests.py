@@ -108,8 +108,8 @@ class Registry:
         known, strength = self.adapters.get(asked["name"]), asked.get("strength", 1.0)
         if known is None:
             raise ValueError(
-                f"There is no ReFT adapter {asked['name']!r}; loaded are {sorted(self.adapters)}. Name it in {ADAPTERS} "
-                "of additional_config, or add it with peft_reft.integrations.vllm.add_adapter."
+                f"There is no ReFT adapter {asked['name']!r}; loaded are {sorted(self.adapters)}. Name it in "
+                f"{ADAPTERS} of additional_config, or add it with peft_reft.integrations.vllm.add_adapter."
             )
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not isfinite(strength):
             raise ValueError(f"The strength of the ReFT adapter {known.name!r} must be a number, got {strength!r}.")

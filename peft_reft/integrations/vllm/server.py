@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+from vllm.exceptions import VLLMValidationError
 
 from peft_reft.config import ReftConfig
 from peft_reft.integrations.vllm.requests import Registry
@@ -51,7 +52,10 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
 
 def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if (asked := _asked(self)) is not None:
-        raise ValueError(f"{REQUEST}={asked!r}: vLLM's beam search hands no adapter on. Leave use_beam_search out.")
+        raise VLLMValidationError(
+            f"{REQUEST}={asked!r}: vLLM's beam search hands no adapter on. Leave use_beam_search out.",
+            parameter=REQUEST,
+        )
     return original(self, *args, **kwargs)
 
 

@@ -13,6 +13,7 @@ ADAPTERS, WIDER, MEMORY = "reft_adapters", "reft_components", "reft_memory_mib"
 TARGETS = "reft_targets"
 # The adapter of a request, in its extra arguments.
 REQUEST = "reft"
+NOT_SERVED = f'{{}}: this engine serves no ReFT adapters. Start it with additional_config={{{{"{ADAPTERS}": ...}}}}.'
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,8 @@ def _reft_fingerprints(self: Any) -> list[str]:
     return sorted(self.reft.adapters)
 
 
-def _reft_add(self: Any, name: str, settings: str, tensors: bytes) -> str:
-    adapter = Adapter.unpack(settings, tensors)
-    self.reft.add(name, adapter)
-    return adapter.fingerprint
+def _reft_add(self: Any, name: str, settings: str, tensors: bytes) -> None:
+    self.reft.add(name, Adapter.unpack(settings, tensors))
 
 
 def _reft_retire(self: Any, fingerprint: str, requests: list[str]) -> None:

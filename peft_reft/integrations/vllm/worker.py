@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from peft_reft.integrations.vllm.adapters import Adapter, Place, check
+from peft_reft.integrations.vllm.adapters import Adapter, check
 from peft_reft.integrations.vllm.edits import Kind, Table, edit_rows, factors_of, kind_of
 from peft_reft.integrations.vllm.plan import Chunk, Editing, Entry, Plan
 from peft_reft.integrations.vllm.requests import Resolved
@@ -129,7 +129,9 @@ class WorkerState:
                     "load an adapter with that component at the start."
                 )
             if place.layer in self.local and str(place) not in self.sites:
-                raise ValueError(f"The adapter {name!r} edits {place.module!r}, which layer {place.layer} does not have.")
+                raise ValueError(
+                    f"The adapter {name!r} edits {place.module!r}, which layer {place.layer} does not have."
+                )
 
     def _made(self, adapter: Adapter) -> Iterator[tuple[Site, Kind, dict[str, torch.Tensor]]]:
         for place in adapter.places:

@@ -17,7 +17,7 @@ FRONT = {
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
 }
 CORE = {
-    "vllm.v1.engine.core:EngineCore.__init__": ("self", "vllm_config"),
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ("self", "vllm_config"),
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("self", "request"),
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": (
         "request",
