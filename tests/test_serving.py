@@ -174,7 +174,7 @@ def test_a_broken_folder_is_refused(folder, tmp_path):
         Adapter.load(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     (tmp_path / SAFETENSORS_WEIGHTS_NAME).write_bytes((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-    with pytest.raises(ValueError, match="holds a PeftType.LORA adapter|holds a LORA adapter"):
+    with pytest.raises(ValueError, match=r"holds a .*LORA adapter"):
         Adapter.load(str(tmp_path))
 
 

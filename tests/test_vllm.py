@@ -27,7 +27,7 @@ os.environ |= {
 }
 vllm = pytest.importorskip("vllm", reason="needs vLLM: bash tests/run.sh vllm makes an environment with it")
 
-from serving import (
+from serving import (  # noqa: E402
     ADAPTERS,
     VOCAB,
     Answer,
@@ -42,8 +42,8 @@ from serving import (
     save_adapter,
     save_model,
 )
-from tiny import build, tokenizer
-from transformers import (
+from tiny import build, tokenizer  # noqa: E402
+from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -51,7 +51,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 LLAMA = {
     "hidden_size": 64,
@@ -167,7 +167,7 @@ class TestOneEngine:
 
     def test_an_unknown_adapter_is_the_error_of_its_request_alone(self, engine, truth):
         ids = prompts(1, 6)[0]
-        with pytest.raises(VLLMValidationError, match="no ReFT adapter 'emoji'; loaded are .*'active'"):
+        with pytest.raises(VLLMValidationError, match=r"no ReFT adapter 'emoji'; loaded are .*'active'"):
             answers(engine, [Request(ids, "all"), Request(ids, "emoji")])
         requests = [Request(ids, "all")]
         check(truth, requests, answers(engine, requests))
@@ -177,7 +177,7 @@ class TestOneEngine:
     )
     def test_other_forms_than_the_known_ones_are_refused(self, engine, asked):
         params = vllm.SamplingParams(extra_args={"reft": asked})
-        with pytest.raises(VLLMValidationError, match="reft=|strength"):
+        with pytest.raises(VLLMValidationError, match=r"reft=|strength"):
             engine.generate([{"prompt_token_ids": [7, 8]}], params, use_tqdm=False)
 
     def test_the_callers_arguments_stay_as_they_are(self, engine):
@@ -201,12 +201,6 @@ class TestOneEngine:
         state = core.engine_core.engine_core.model_executor.driver_worker.worker.reft
         answers(engine, [Request((7, 8, 9))], 1)
         assert len(state.requests) == 0
-
-
-def with_answers(llm, requests: list[Request], tokens: int = 40) -> list[Request]:
-    """The same requests with their answers in the prompt, as the next turn of a chat brings them back."""
-    given = answers(llm, requests, tokens, logprobs=None)
-    return [r._replace(ids=r.ids + a.tokens) for r, a in zip(requests, [*given], strict=True)]
 
 
 class TestPrefixCache:
@@ -643,7 +637,8 @@ class Server:
         )
         deadline = time.monotonic() + 240
         while not self._is_up():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            assert self.process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.5)
 
     def _is_up(self) -> bool:

@@ -1,7 +1,7 @@
 """Edits of many tokens by many adapters: factors of alike interventions in one table, tokens in batches of groups.
 
-Shapes: `d` hidden size, `r` rank, `u` units of an intervention, `g` groups of a batch, `k` tokens of a group. Factors and
-edits are float32, as everywhere in the package.
+Shapes: `d` hidden size, `r` rank, `u` units of an intervention, `g` groups of a batch, `k` tokens of a group.
+Factors and edits are float32, as everywhere in the package.
 """
 
 from __future__ import annotations

@@ -77,7 +77,6 @@ def registry_of(config: VllmConfig) -> Registry:
 def _init_input_processor(original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
     original(self, vllm_config, *args, **kwargs)
     settings = Settings.of(vllm_config.additional_config)
-    self.reft = None
     if settings is not None:
         self.reft = registry_of(vllm_config)
         for name, source in settings.adapters.items():
@@ -109,7 +108,6 @@ def _process_inputs(
 def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
     # The step of the scheduler's start that has workers already. Plug-ins are loaded in the middle of its `__init__`.
     initialized = original(self, vllm_config)
-    self.reft = set()
     if Settings.of(vllm_config.additional_config) is not None:
         self.reft, *others = (set(known) for known in self.collective_rpc("reft_fingerprints"))
         if any(known != self.reft for known in others):
@@ -119,7 +117,7 @@ def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> 
 
 def _preprocess_add_request(original: Any, self: Any, request: Any) -> Any:
     asked = Resolved.of(request.sampling_params)
-    if asked is not None and asked.fingerprint not in self.reft:
+    if asked is not None and asked.fingerprint not in (self.reft or ()):
         # Raised to the caller, or answered to its request.
         raise ValueError(f"The ReFT adapter {asked.name!r} was removed, or its folder changed, since the request came.")
     return original(self, request)
@@ -155,9 +153,12 @@ def _extra_keys(original: Any, request: Any, start_token_idx: int, end_token_idx
 
 
 def add_methods() -> None:
-    """Give the scheduler's process the methods that `runtime` calls; mutates vLLM's class."""
+    """Give the scheduler's process the methods that `runtime` calls; mutates vLLM's classes."""
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
 
+    # What engines keep that were started before this.
+    InputProcessor.reft = EngineCore.reft = None
     EngineCore.reft_add, EngineCore.reft_retire = _reft_add, _reft_retire
 
 

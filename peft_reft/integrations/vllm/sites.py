@@ -100,8 +100,8 @@ def check_target(target: Target, layer: nn.Module, tensor_parallel: int) -> None
         )
     if tensor_parallel > 1 and not base.reduce_results:
         raise ValueError(
-            f"vLLM's {target.module!r} in {model} puts out a part of the sum on each of the tensor parallel workers, so "
-            "its output cannot be edited. Use tensor_parallel_size=1, or edit the layers' output."
+            f"vLLM's {target.module!r} in {model} puts out a part of the sum on each tensor parallel worker, so its "
+            "output cannot be edited. Use tensor_parallel_size=1, or edit the layers' output."
         )
 
 

@@ -37,7 +37,6 @@ def start(worker: Any, settings: Settings) -> WorkerState:
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     settings = Settings.of(self.vllm_config.additional_config)
-    self.reft = None
     if settings is not None:
         self.reft = start(self, settings)
         _follow_inputs(self.model_runner, self.reft, self.use_v2_model_runner)
@@ -97,6 +96,8 @@ def add_methods() -> None:
     """Give workers the methods that the scheduler's process calls; mutates vLLM's class."""
     from vllm.v1.worker.gpu_worker import Worker
 
+    # What engines keep that were started before this.
+    Worker.reft = None
     Worker.reft_fingerprints, Worker.reft_add, Worker.reft_retire = _reft_fingerprints, _reft_add, _reft_retire
 
 

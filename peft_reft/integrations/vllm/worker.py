@@ -30,7 +30,6 @@ class Site:
     def __init__(self) -> None:
         self.tables: dict[Kind, Table] = {}
         self.entries: dict[str, Entry] = {}
-        self.called = False
 
     def add(self, fingerprint: str, kind: Kind, factors: dict[str, torch.Tensor]) -> None:
         table = self.tables.setdefault(kind, Table(kind))
@@ -84,6 +83,7 @@ class WorkerState:
         self.adapters: dict[str, int] = {}
         # fingerprint -> unfinished requests that still need an adapter that was taken away
         self.retired: dict[str, set[str]] = {}
+        self._seen: set[str] = set()
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Keep an adapter from now on.
@@ -102,8 +102,8 @@ class WorkerState:
         if total > self.memory_mib * MIB:
             raise ValueError(
                 f"The adapter {name!r} takes {size / MIB:.1f} MiB, with which all adapters would take "
-                f"{total / MIB:.1f} MiB, more than {MEMORY}={self.memory_mib} allows. Raise it in additional_config, or "
-                "remove an adapter."
+                f"{total / MIB:.1f} MiB, more than {MEMORY}={self.memory_mib} allows. Raise it in additional_config, "
+                "or remove an adapter."
             )
         for site, kind, factors in made:
             site.add(adapter.fingerprint, kind, factors)
@@ -124,9 +124,9 @@ class WorkerState:
         for place in adapter.places:
             if Target(place.module, place.side) not in self.targets:
                 raise ValueError(
-                    f"The adapter {name!r} edits the {place.side} of {place.module or 'layers'!r}, for which the engine "
-                    "was not prepared when it started: name its component in reft_components of additional_config, or "
-                    "load an adapter with that component at the start."
+                    f"The adapter {name!r} edits the {place.side} of {place.module or 'layers'!r}, for which the "
+                    "engine was not prepared when it started: name its component in reft_components of "
+                    "additional_config, or load an adapter with that component at the start."
                 )
             if place.layer in self.local and str(place) not in self.sites:
                 raise ValueError(
@@ -179,12 +179,24 @@ class WorkerState:
         outer, _running = _running, self
         try:
             yield
+            self._check_all_seen()
         finally:
             _running, self.plan = outer, None
 
+    def _check_all_seen(self) -> None:
+        """A model may use a module's weight without calling the module: then nothing was edited there."""
+        if self.plan is None or not self.plan.rows or len(self._seen) == len(self.sites):
+            return
+        missed = [name for name, site in self.sites.items() if site.entries and name not in self._seen]
+        if missed:
+            raise RuntimeError(
+                f"vLLM's model did not call what ReFT adapters edit ({missed[0]} and {len(missed) - 1} others), so "
+                "their answers would be wrong. This model cannot be served with these adapters."
+            )
+
     def edit(self, hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
         site = self.sites[name]
-        site.called = True
+        self._seen.add(name)
         if self.plan is not None and self.plan.rows and site.entries:
             batches = self.plan.batches(site.entries)
             edit_rows(hidden, residual, ((site.tables[kind], batch) for kind, batch in batches))
