@@ -536,6 +536,21 @@ class TestEngines:
         ):
             check(truth, requests, given)
 
+    @pytest.mark.slow
+    def test_two_tensor_parallel_workers(self, tmp_path, model, folders, truth):
+        rounds = [mixed(8), mixed(8)]
+        given = self.run(tmp_path, model, folders, rounds, tensor_parallel_size=2)
+        for requests, answered in zip(rounds, given, strict=True):
+            check(truth, requests, answered)
+
+    @pytest.mark.slow
+    def test_two_pipeline_stages(self, tmp_path, model, folders, truth):
+        # Compiled: stages of an eager model miss a buffer on a CPU, with and without the plug-in.
+        rounds = [mixed(8), mixed(8)]
+        given = self.run(tmp_path, model, folders, rounds, pipeline_parallel_size=2, enforce_eager=False)
+        for requests, answered in zip(rounds, given, strict=True):
+            check(truth, requests, answered)
+
     def test_the_second_model_runner_with_small_chunks_and_preemption(self, tmp_path, model, folders, truth):
         rounds = [mixed(9, copies=1), mixed(9, copies=1)]
         options = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 10, "max_num_seqs": 16}
