@@ -118,6 +118,30 @@ def test_batches_of_many_adapters_edit_each_token_as_the_reference(dtype, split)
     assert residual is None or residual[untouched].equal(given[1][untouched])
 
 
+@pytest.mark.parametrize("split", [True, False], ids=["two parts", "one part"])
+@pytest.mark.parametrize("names", ["abc", "aaa", "cab"])
+def test_neighboring_tokens_are_edited_as_any_others(names, split):
+    kind, table, entries = None, None, {}
+    for fingerprint in "abc":
+        own = random_intervention("loreft", 4, 1)
+        kind = kind_of(own)
+        table = table or Table(kind)
+        entries[fingerprint] = Entry(kind, len(table))
+        table.append(factors_of(own))
+    requests = {str(i): Editing(name, 1.0, pos.parse("all"), 3) for i, name in enumerate(names)}
+    hidden, residual = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN) if split else None
+    whole = hidden if residual is None else hidden + residual
+    expected = whole.clone()
+    for i, name in enumerate(names):
+        own, rows = {part: f[entries[name].first] for part, f in table.factors.items()}, slice(2 * i, 2 * i + 2)
+        expected[rows] += (whole[rows] @ own["right"].T + own["bias"]) @ own["left"]
+    chunks = [Chunk(str(i), 4, 2) for i in range(3)]
+    batches = Plan(requests, chunks, torch.device("cpu")).batches(entries)
+    assert all(isinstance(batch.rows, slice) == (names != "cab") for _, batch in batches)
+    edit_rows(hidden, residual, ((table, batch) for _, batch in batches))
+    torch.testing.assert_close(hidden if residual is None else hidden + residual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_members_that_are_neighbors_are_not_copied():
     kind = kind_of(random_intervention("loreft", 4, 1))
     entries = {name: Entry(kind, number) for number, name in enumerate("abcd")}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peft_reft.integrations.vllm.chunks import edited_runs
-from peft_reft.integrations.vllm.edits import Batch, Kind, Members
+from peft_reft.integrations.vllm.edits import Batch, Kind
 from peft_reft.tokens.positions import Positions
 
 
@@ -85,13 +85,15 @@ class Plan:
             kept = self._tensor(np.flatnonzero(np.arange(size) < np.array(sizes)[:, None]))
         if any(strength != 1 for strength in strengths):
             gain = self._tensor(np.array(strengths, dtype=np.float32))[:, None, None]
-        return Batch(self._members(members), self._tensor(filled.ravel()), size, gain, kept)
+        places = self._tensor(filled.ravel()) if kept is not None else self._index(filled.ravel())
+        return Batch(self._index(np.array(members)), places, size, gain, kept)
 
-    def _members(self, members: tuple[int, ...]) -> Members:
-        """A slice where the members are neighbors: factors need not be copied then."""
-        if members == tuple(range(members[0], members[0] + len(members))):
-            return slice(members[0], members[0] + len(members))
-        return self._tensor(np.array(members))
+    def _index(self, numbers: np.ndarray) -> slice | torch.Tensor:
+        """A slice where the numbers follow each other: what they select need not be copied then."""
+        first, last = int(numbers[0]), int(numbers[-1])
+        if last - first + 1 == len(numbers) and (np.diff(numbers) == 1).all():
+            return slice(first, last + 1)
+        return self._tensor(numbers)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
