@@ -42,6 +42,8 @@ def _check_configuration(config: VllmConfig) -> None:
         f"runner={config.model_config.runner_type!r}": config.model_config.runner_type != "generate",
         "CUDA graphs (set enforce_eager=True)": graphs,
         "dual batch overlap (enable_dbo)": parallel.use_ubatching,
+        "a KV connector, whose keys may not know which tokens are edited": config.kv_transfer_config is not None,
+        "kv_sharing_fast_prefill": bool(config.cache_config.kv_sharing_fast_prefill),
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "sequence parallelism": bool(getattr(compilation.pass_config, "enable_sp", False)),
         "speculative decoding with asynchronous scheduling": (
@@ -91,6 +93,8 @@ def _process_inputs(
         return original(self, request_id, prompt, params, *args, **kwargs)
     if self.reft is None:
         raise VLLMValidationError(NOT_SERVED.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
+    if kwargs.get("resumable"):
+        raise VLLMValidationError(f"{REQUEST}={asked!r}: a streamed prompt has no end that edits could be placed by.")
     try:
         resolved = self.reft.resolve(asked)
     except ValueError as error:
