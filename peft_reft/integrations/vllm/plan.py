@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,11 @@ class Editing:
     strength: float
     positions: Positions
     prompt: int
+
+    @cached_property
+    def end(self) -> float:
+        """The position from which on nothing is edited."""
+        return inf if self.positions.tail else self.prompt + self.positions.counted
 
 
 class Chunk(NamedTuple):
@@ -105,7 +112,7 @@ def _rows(requests: Mapping[str, Editing], chunks: Iterable[Chunk]) -> dict[Grou
     place = 0
     for request, begin, count in chunks:
         editing = requests.get(request)
-        if editing is not None:
+        if editing is not None and begin < editing.end:
             for run in edited_runs(editing.positions, editing.prompt, begin, begin + count):
                 group = (editing.fingerprint, run.unit, editing.strength)
                 rows.setdefault(group, []).append(np.arange(place + run.begin - begin, place + run.end - begin))
