@@ -103,7 +103,8 @@ class Registry:
             asked = dict(zip(("name", "strength"), asked, strict=True))
         if isinstance(asked, str):
             asked = {"name": asked}
-        if not isinstance(asked, Mapping) or "name" not in asked or not asked.keys() <= {"name", "strength"}:
+        named = isinstance(asked, Mapping) and isinstance(asked.get("name"), str)
+        if not named or not asked.keys() <= {"name", "strength"}:
             raise ValueError(f"{REQUEST}={asked!r} names no adapter; write {_FORMS}.")
         known, strength = self.adapters.get(asked["name"]), asked.get("strength", 1.0)
         if known is None:
