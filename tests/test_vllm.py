@@ -545,7 +545,7 @@ class TestEngines:
 
     @pytest.mark.slow
     def test_two_pipeline_stages(self, tmp_path, model, folders, truth):
-        # Compiled: stages of an eager model miss a buffer on a CPU, with and without the plug-in.
+        # Compiled: on a CPU only the warm-up of a compiled model makes the buffer between the stages.
         rounds = [mixed(8), mixed(8)]
         given = self.run(tmp_path, model, folders, rounds, pipeline_parallel_size=2, enforce_eager=False)
         for requests, answered in zip(rounds, given, strict=True):
