@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, which it creates first if need be.
 #   usage: tests/run.sh [newest|pinned|oldest|all] [pytest arguments]
+#          tests/run.sh vllm [pytest arguments]      # serving, in an environment with vLLM
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == vllm ]]; then
+    shift
+    environment=${REFT_ENV:-.venv-vllm}
+    .ci/environment-vllm "$environment"
+    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest tests/test_vllm.py "$@"
+fi
 versions=newest
 case ${1:-} in newest|pinned|oldest|all) versions=$1; shift ;; esac
 

@@ -23,7 +23,8 @@ from peft_reft.integrations.vllm.plan import Chunk, Editing, Entry, Plan
 from peft_reft.integrations.vllm.requests import Registry, Resolved
 from peft_reft.integrations.vllm.settings import Settings
 from peft_reft.interventions import INTERVENTIONS
-from peft_reft.tokens import positions as pos
+from peft_reft.tokens.positions import parse
+from peft_reft.tokens.runs import Marks
 
 SPECS = ["f3", "l2", "f3+l2", "f7+l7", "prompt", "all", "completion", "c2", "prompt+c2", "f2+c3", "l2+completion"]
 
@@ -40,7 +41,7 @@ def chunked(draw):
 @given(st.sampled_from(SPECS), st.booleans(), chunked())
 def test_chunks_edit_the_tokens_of_the_reference_and_of_training(spec, shared, sequence):
     prompt, answer, cuts = sequence
-    positions = pos.parse(spec, shared)
+    positions = parse(spec, shared)
     units = {}
     for begin, end in pairwise(cuts):
         for run in edited_runs(positions, prompt, begin, end):
@@ -49,7 +50,7 @@ def test_chunks_edit_the_tokens_of_the_reference_and_of_training(spec, shared, s
     expected = edited_tokens(spec, "p" * prompt + "c" * answer)
     assert units == {token: 0 if shared else word for token, word in expected.items()}
     is_prompt = torch.arange(prompt + answer)[None] < prompt
-    codes = pos.assign(positions, is_prompt, ~is_prompt)[0].tolist()
+    codes = Marks(torch.ones_like(is_prompt), prompt=is_prompt).grid(positions)[0].tolist()
     assert units == {token: code - 1 for token, code in enumerate(codes) if code}
 
 
@@ -87,7 +88,7 @@ def test_batches_of_many_adapters_edit_each_token_as_the_reference(dtype, split)
         if fingerprint is not None:
             shared = STACKED[fingerprint][2] == 1
             strength = 1.0 if number < len(STACKED) else 0.5
-            requests[str(number)] = Editing(fingerprint, strength, pos.parse("f2+l1", shared), 5)
+            requests[str(number)] = Editing(fingerprint, strength, parse("f2+l1", shared), 5)
         chunks.append(Chunk(str(number), number % 3, length))
     tokens = sum(chunk.count for chunk in chunks)
     whole = torch.randn(tokens, HIDDEN).to(dtype)
@@ -128,7 +129,7 @@ def test_neighboring_tokens_are_edited_as_any_others(names, split):
         table = table or Table(kind)
         entries[fingerprint] = Entry(kind, len(table))
         table.append(factors_of(own))
-    requests = {str(i): Editing(name, 1.0, pos.parse("all"), 3) for i, name in enumerate(names)}
+    requests = {str(i): Editing(name, 1.0, parse("all"), 3) for i, name in enumerate(names)}
     hidden, residual = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN) if split else None
     whole = hidden if residual is None else hidden + residual
     expected = whole.clone()
@@ -145,7 +146,7 @@ def test_neighboring_tokens_are_edited_as_any_others(names, split):
 def test_members_that_are_neighbors_are_not_copied():
     kind = kind_of(random_intervention("loreft", 4, 1))
     entries = {name: Entry(kind, number) for number, name in enumerate("abcd")}
-    requests = {name: Editing(name, 1.0, pos.parse("all"), 3) for name in "dacb"}
+    requests = {name: Editing(name, 1.0, parse("all"), 3) for name in "dacb"}
 
     def members(names):
         (_, batch), *more = Plan(requests, [Chunk(n, 4, 1) for n in names], torch.device("cpu")).batches(entries)

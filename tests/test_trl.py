@@ -27,6 +27,8 @@ from reference import gradients
 from routes import Pair, assert_same_gradients, pair_with_reference
 from transformers import LlamaForSequenceClassification, TrainerCallback
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -38,6 +40,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental import cpo, gkd, orpo, tpo
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer import sft_trainer
@@ -478,6 +481,44 @@ def _with_prompt_mask(collate):
         return batch | {"prompt_mask": (batch["labels"] == -100) & (batch["attention_mask"] == 1)}
 
     return collator
+
+
+def _distilling(kind, config_class, rows, folder):
+    settings = config_class(output_dir=str(folder), **DEFAULTS | {"max_steps": 1})
+    return kind(
+        model=tiny.llama(),
+        teacher_model=tiny.llama(),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(TOKENIZER),
+        peft_config=reft(),
+    )
+
+
+CHOSEN = [{"messages": row["prompt"] + row["chosen"]} for row in PREFERENCES]
+UNTOLD = {
+    "ORPO": lambda folder: build(orpo.ORPOTrainer, orpo.ORPOConfig, PREFERENCES, folder, max_steps=1),
+    "CPO": lambda folder: build(cpo.CPOTrainer, cpo.CPOConfig, PREFERENCES, folder, max_steps=1),
+    "TPO": lambda folder: build(
+        tpo.TPOTrainer, tpo.TPOConfig, [row | {"reference": row["chosen"]} for row in PREFERENCES], folder, max_steps=1
+    ),
+    "GKD": lambda folder: _distilling(gkd.GKDTrainer, gkd.GKDConfig, CHOSEN, folder),
+    "Distillation": lambda folder: _distilling(DistillationTrainer, DistillationConfig, QUESTIONS, folder),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_trainers_that_tell_no_prompt_are_refused_by_name(name, tmp_path):
+    trainer = UNTOLD[name](tmp_path)
+    with pytest.raises(ValueError, match=f"{name}Trainer gives the model neither labels nor prompt_mask"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_packing_that_cuts_samples_is_refused_by_name(strategy, tmp_path):
+    trainer = sft(CHAT, tmp_path, config=reft(), packing=True, packing_strategy=strategy, max_length=16, max_steps=1)
+    with pytest.raises(ValueError, match=f"packing_strategy='{strategy}' cuts long samples"):
+        trainer.train()
 
 
 def test_label_smoothing_leaves_out_the_labels_and_is_refused(tmp_path):

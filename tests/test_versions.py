@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,17 @@ def test_a_failure_on_the_newest_versions_counts_if_a_commit_caused_it(now, rele
     judged = run(sys.executable, CI / "whose_failure.py", folder)
     assert judged.returncode == code, judged.stdout + judged.stderr
     assert ("A NEW RELEASE IS THE CAUSE" in judged.stdout) == (code == 0)
+
+
+def test_with_the_recorded_versions_no_release_is_the_cause(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "newest" / "bin").mkdir(parents=True)
+    python = tmp_path / "newest" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    recorded = {"newest": {"packages": {"pytest": pytest.__version__}}}
+    (tmp_path / "tests" / "versions.json").write_text(json.dumps(recorded))
+    command = [sys.executable, CI / "whose_failure.py", tmp_path]
+    judged = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert judged.returncode == 1
+    assert "this repository's own" in judged.stdout
