@@ -46,7 +46,11 @@ def add_low_rank(
     Returns:
         `[..., d]`, dtype of `hidden`.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, left, right, shift)):
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, left, right, shift)
+    )
+    # A trace cannot record what the step takes beside its arguments.
+    if wants_grad and not torch.jit.is_tracing():
         return _AddLowRank.apply(hidden, left, right, shift, elementwise, keep_output)
     return _add_low_rank(hidden, left, right, shift, elementwise)[0]
 

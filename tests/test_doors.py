@@ -665,3 +665,33 @@ def test_blocks_that_are_compiled_on_their_own_edit_as_the_whole_model(dynamo, s
         warnings.simplefilter("error", UserWarning)
         close(model(input_ids=IDS, labels=LABELS).logits, want)
     assert torch.equal(model.generate(input_ids=prompt, **options), generated)
+
+
+@every_spec
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_traced_model_follows_new_labels_and_has_the_gradients(spec, grad):
+    model = adapted(spec)
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, labels):
+            return self.model(input_ids=ids, labels=labels, use_cache=False).logits
+
+    call = Call()
+
+    def gradients(run: Callable) -> torch.Tensor:
+        model.zero_grad()
+        run(IDS, LABELS).sin().sum().backward()
+        return gradients_of(model)
+
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(call, (IDS, LABELS), check_trace=False)
+        for first in (3, 5):
+            labels = IDS.masked_fill(torch.arange(IDS.shape[1]) < first, -100)
+            close(traced(IDS, labels), call(IDS, labels))
+    if grad:
+        close(gradients(traced), gradients(call))
