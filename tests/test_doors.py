@@ -528,11 +528,8 @@ def test_a_decoding_loop_that_tells_its_prompt_gives_what_generate_gives(chunks,
         pytest.skip("last words of a prompt are known once it ends: hand it over whole, or to generate")
     cache, out = None, None
     for part in ids.split(chunks, dim=1):
-        out = (
-            model(input_ids=part, cache=cache, use_cache=True, prompt_mask=torch.ones_like(part))
-            if cache
-            else model(input_ids=part, use_cache=True, prompt_mask=torch.ones_like(part))
-        )
+        continued = {_cache_name(model): cache} if cache else {}
+        out = model(input_ids=part, use_cache=True, prompt_mask=torch.ones_like(part), **continued)
         cache = out.past_key_values if hasattr(out, "past_key_values") else out.cache
     tokens = ids
     for _ in range(6):

@@ -14,6 +14,7 @@ from routes import ROLES, make_pair, pad, sequences
 from tiny import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from peft_reft import ReftConfig, show_positions
 from peft_reft.tokens.passes import Pass
@@ -257,12 +258,9 @@ def test_a_pass_is_kept_no_longer_than_its_graph(gradients, batch):
 
 def test_continuous_batching_is_refused():
     model = make_pair("l1").peft.base_model.model
-
-    class PagedAttentionCache:
-        pass
-
+    cache = PagedAttentionCache.__new__(PagedAttentionCache)
     with pytest.raises(NotImplementedError, match="Continuous batching"):
-        model(input_ids=torch.tensor([[3, 4]]), cache=PagedAttentionCache())
+        model(input_ids=torch.tensor([[3, 4]]), cache=cache)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from peft_reft.tokens.passes import Stream, Untold
@@ -78,7 +79,7 @@ class CallTokens:
             return None
         shape = tuple(like.shape[:2])
         labels, cache = call.get("labels"), find_cache(call)
-        if type(cache).__name__ == "PagedAttentionCache":
+        if isinstance(cache, PagedAttentionCache):
             raise NotImplementedError(_CONTINUOUS_BATCHING)
         return cls(
             shape,
@@ -138,7 +139,7 @@ def find_cache(call: Mapping[str, Any]) -> Any:
     method of their own are known by the names that Transformers has for them.
     """
     for value in call.values():
-        if hasattr(value, "get_seq_length"):
+        if hasattr(value, "get_seq_length") or isinstance(value, PagedAttentionCache):
             return value
     for name in ALL_CACHE_NAMES:
         if call.get(name) is not None:
