@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_reft.components import DECODER, ENCODER, has_output
 from peft_reft.generate import GenerateEntry
+from peft_reft.loading import check_weights
 from peft_reft.modules import modules_around
 from peft_reft.quantized import allow_packing, forbid_packing
 from peft_reft.sites import block_lists, is_encoder_decoder
@@ -56,7 +57,9 @@ def track(model: nn.Module) -> Tracker:
     tracker = Tracker()
     generates = bool(getattr(model, "can_generate", bool)())
     both = is_encoder_decoder(model)
-    Entry(model, tracker, (ENCODER, DECODER) if both else (DECODER,), both, generates, True).attach()
+    root = Entry(model, tracker, (ENCODER, DECODER) if both else (DECODER,), both, generates, True)
+    root.attach()
+    root.handles.append(model.register_load_state_dict_pre_hook(check_weights))
     for part, streams in _parts(model).items():
         Entry(part, tracker, streams, both, generates, False).attach()
     if generates:

@@ -258,7 +258,8 @@ class Entry(StandIn):
         self.language_model = language_model
         self.root = root
         self.names = _positional_names(module.forward)
-        self._handle: RemovableHandle | None = None
+        # Hooks of the module that come off with the entry.
+        self.handles: list[RemovableHandle] = []
 
     @classmethod
     def of(cls, module: nn.Module) -> Entry | None:
@@ -271,11 +272,12 @@ class Entry(StandIn):
         # Accelerate's hooks wrap what they find, and put it back when they are taken off: this is to be innermost.
         hooked = hasattr(self.module, "_hf_hook") and "_old_forward" in vars(self.module)
         self.put("_old_forward" if hooked else "forward")
-        self._handle = self.module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True)
+        self.handles.append(self.module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True))
 
     def detach(self) -> None:
         """Leave the module as it was before `attach`."""
-        self._handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
         self.take_off("forward", "_old_forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

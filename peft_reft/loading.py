@@ -1,0 +1,63 @@
+"""Compares the weights that a model is about to load with the adapters that it has."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_reft.layer import CHILD_NAMES
+
+# SITE.reft.reft_intervention.ADAPTER.PARAMETER. PEFT leaves the adapter out where the model has no such parameter.
+_KEY = re.compile(
+    rf"(?P<site>.+)\.(?:{'|'.join(CHILD_NAMES.values())})\.reft_intervention\.((?P<adapter>[^.]+)\.)?(?P<parameter>[^.]+)"
+)
+
+_OTHER_SITES = (
+    "The weights of {adapter} include edits of {sites}, which it does not edit in this {model}; these weights are left "
+    "out. The adapter was trained for another model (more layers, other module names) or with another configuration."
+)
+_OTHER_PARAMETERS = (
+    "The weights of {adapter} do not fit its configuration: at {site!r} they hold {names}, which the configured "
+    "intervention does not have. The adapter_config.json belongs to another adapter, or its `intervention` was changed."
+)
+_OTHER_SHAPE = (
+    "The weights of {adapter} do not fit: {name!r} has shape {found} where this model needs {wanted}. Either the "
+    "adapter was trained for a base model of another hidden size, or its adapter_config.json was changed "
+    "(intervention, r, positions, share_weights)."
+)
+
+
+def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: PEFT loads what it has a place for, and drops the rest.
+
+    Raises:
+        ValueError: weights do not fit the intervention, the rank, the units or the hidden size of their adapter.
+    """
+    found = {key: match for key in state_dict if key.startswith(prefix) and (match := _KEY.fullmatch(key, len(prefix)))}
+    if not found:
+        return
+    parameters = {name: parameter for name, parameter in model.named_parameters() if _KEY.fullmatch(name)}
+    fitting = [match for key, match in found.items() if key.removeprefix(prefix) in parameters]
+    adapters, edited = {match["adapter"] for match in fitting}, {match["site"] for match in fitting}
+    adapter = f"adapter {next(iter(adapters))!r}" if len(adapters) == 1 else "an adapter"
+    strange: dict[str, list[str]] = {}
+    for key, match in found.items():
+        name = key.removeprefix(prefix)
+        if name not in parameters:
+            if match["adapter"] is None or match["adapter"] in adapters:
+                strange.setdefault(match["site"], []).append(match["parameter"])
+        # What DeepSpeed has spread over processes looks empty.
+        elif parameters[name].numel() and parameters[name].shape != state_dict[key].shape:
+            shapes = {"found": tuple(state_dict[key].shape), "wanted": tuple(parameters[name].shape)}
+            raise ValueError(_OTHER_SHAPE.format(adapter=adapter, name=name, **shapes))
+    for site in (site for site in strange if site in edited):
+        names = " and ".join(map(repr, strange[site]))
+        raise ValueError(_OTHER_PARAMETERS.format(adapter=adapter, site=site, names=names))
+    if strange:
+        sites = ", ".join(map(repr, list(strange)[:3])) + (", ..." if len(strange) > 3 else "")
+        warnings.warn(_OTHER_SITES.format(adapter=adapter, sites=sites, model=type(model).__name__), stacklevel=2)
