@@ -24,7 +24,7 @@ from peft_reft.tokens.passes import Pass
 from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.prompts import stream_of_module
 from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
-from peft_reft.tracker import Tracker
+from peft_reft.tracker import Tracker, is_recorded
 
 # What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.
 CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
@@ -278,8 +278,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The pass that is going on, or one of the module alone."""
         pass_ = self.tracker.current(self)
         if pass_ is None or self.stream not in pass_.streams:
-            in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-            return Pass({self.stream: stream_of_module(args, kwargs)}, self.tracker.own.requests, in_graph)
+            return Pass({self.stream: stream_of_module(args, kwargs)}, self.tracker.own.requests, is_recorded())
         return pass_
 
     def _is_idle(self, pass_: Pass) -> bool:

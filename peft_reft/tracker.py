@@ -83,7 +83,7 @@ class Tracker:
     def current(self, layer: nn.Module | None = None) -> Pass | None:
         """The pass that a module of the model runs in (at which there is a `layer`); None when no pass is open."""
         passes = self.own.passes
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_recorded():
             if not passes:
                 return None
             return passes[-1] if passes[-1].in_graph else passes[-1].recorded()
@@ -160,6 +160,11 @@ class Tracker:
             yield
         finally:
             self.own.prompt_mask = outer
+
+
+def is_recorded() -> bool:
+    """Whether what runs is written into a graph, by `torch.compile`, `torch.export` or `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _held_by_graph(pass_: Pass, grad: torch.Tensor) -> None:
@@ -258,7 +263,6 @@ class Entry(StandIn):
         self.language_model = language_model
         self.root = root
         self.names = _positional_names(module.forward)
-        # Hooks of the module that come off with the entry.
         self.handles: list[RemovableHandle] = []
 
     @classmethod
@@ -361,7 +365,7 @@ class Entry(StandIn):
         outer = self.tracker.current()
         if self._goes_on(call, outer):
             return None
-        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        in_graph = is_recorded()
         generation = self.tracker.own.generation
         if generation is not None and outer is not None and outer.generation is generation:
             # Generation makes no pass within a pass.

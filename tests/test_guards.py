@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from trainers import ON_A_CPU
 from transformers import GenerationConfig
 
 from peft_reft import ReftConfig, ReftLayer, ReftModel
@@ -301,17 +302,7 @@ ROWS = {
     "KTO": [{"prompt": prompt, "completion": ANSWER, "label": i % 2 == 0} for i, prompt in enumerate(PROMPTS)],
     "GRPO": [{"prompt": prompt} for prompt in PROMPTS],
 }
-TRAINING = {
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+TRAINING = ON_A_CPU | {"max_steps": 1, "per_device_train_batch_size": 4}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -25,7 +25,9 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from reference import gradients
 from routes import Pair, assert_same_gradients, pair_with_reference
-from transformers import LlamaForSequenceClassification, TrainerCallback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from trainers import ON_A_CPU
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -40,7 +42,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.experimental import cpo, gkd, orpo, tpo
+from trl.experimental import cpo, gkd, gold, online_dpo, orpo, tpo
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer import sft_trainer
@@ -91,19 +93,12 @@ FORMATS = {
 
 # Trainers
 
-DEFAULTS = {
+DEFAULTS = ON_A_CPU | {
     "max_steps": 10,
     "per_device_train_batch_size": 6,
     "learning_rate": 2e-2,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "report_to": "none",
 }
 
 
@@ -483,16 +478,29 @@ def _with_prompt_mask(collate):
     return collator
 
 
-def _distilling(kind, config_class, rows, folder):
-    settings = config_class(output_dir=str(folder), **DEFAULTS | {"max_steps": 1})
+def _byte_level():
+    """A tokenizer of bytes, the only kind that GOLD takes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "chat_template": TOKENIZER.chat_template}
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+
+
+def _distilling(kind, config_class, rows, folder, tokenizer=TOKENIZER, **settings):
+    arguments = config_class(output_dir=str(folder), **DEFAULTS | {"max_steps": 1} | settings)
     return kind(
-        model=tiny.llama(),
-        teacher_model=tiny.llama(),
-        args=settings,
+        model=tiny.llama(vocab_size=len(tokenizer)),
+        teacher_model=tiny.llama(vocab_size=len(tokenizer)),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(TOKENIZER),
+        processing_class=copy.deepcopy(tokenizer),
         peft_config=reft(),
     )
+
+
+def _by_length(completions, **columns):
+    return [float(len(str(completion))) for completion in completions]
 
 
 CHOSEN = [{"messages": row["prompt"] + row["chosen"]} for row in PREFERENCES]
@@ -503,7 +511,11 @@ UNTOLD = {
         tpo.TPOTrainer, tpo.TPOConfig, [row | {"reference": row["chosen"]} for row in PREFERENCES], folder, max_steps=1
     ),
     "GKD": lambda folder: _distilling(gkd.GKDTrainer, gkd.GKDConfig, CHOSEN, folder),
+    "GOLD": lambda folder: _distilling(gold.GOLDTrainer, gold.GOLDConfig, CHOSEN, folder, _byte_level()),
     "Distillation": lambda folder: _distilling(DistillationTrainer, DistillationConfig, QUESTIONS, folder),
+    "OnlineDPO": lambda folder: build(
+        online_dpo.OnlineDPOTrainer, online_dpo.OnlineDPOConfig, QUESTIONS, folder, max_steps=1, reward_funcs=_by_length
+    ),
 }
 
 
