@@ -25,7 +25,7 @@ from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
 from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache
-from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests
+from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests, batch_size
 
 # Arguments of `forward` and `generate` that are for ReFT alone.
 ASKING = {"adapter_names", "subspaces"}
@@ -394,8 +394,8 @@ class Entry(StandIn):
             pass_.requests = RowRequests.of(call, pass_.requests)
         requests = pass_.requests
         if requests is not None:
-            shape = next((stream.shape for stream in pass_.streams.values() if stream.shape[0]), None)
-            requests.check(self.tracker.adapters, self.module.training, None if shape is None else shape[0])
+            batch = batch_size([stream.shape[0] for stream in pass_.streams.values()], call)
+            requests.check(self.tracker.adapters, self.module.training, batch)
             if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
                 pass_.handles += choose_heads(self.module, requests)
 

@@ -665,3 +665,24 @@ def test_threads_take_turns():
         thread.join()
     for number, wanted in enumerate(expected):
         assert torch.equal(answers[number], wanted), requests[number]
+
+
+class Linear(torch.nn.Module):
+    """A model of no kind that Transformers knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, X):
+        return self.linear(X)
+
+
+@pytest.mark.parametrize("config", [reft, lora], ids=["reft", "lora"])
+@pytest.mark.parametrize("names", [[BASE] * 2, ["default"] * 2, ["default"] * 5], ids=["base", "2", "5"])
+def test_a_model_without_known_tokens_wants_a_name_for_each_row_too(names, config):
+    settings = {"positions": "all"} if config is reft else {}
+    model = get_peft_model(Linear(), config(target_modules=["linear"], task_type=None, **settings)).eval()
+    # Two names for four rows are no beams: nothing generates here.
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+        model(X=torch.ones(4, 8), adapter_names=names)

@@ -138,5 +138,11 @@ class RowRequests:
         return [row // (batch // count) for row in range(batch)]
 
 
+def batch_size(told: Iterable[int], call: Mapping[str, Any]) -> int | None:
+    """Number of rows of a call: what its streams are told, unless it is 0, else the length of its first tensor."""
+    tensors = (len(value) for value in call.values() if isinstance(value, torch.Tensor) and value.dim())
+    return next(filter(None, told), None) or next(tensors, None)
+
+
 def _as_names(names: Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
