@@ -38,22 +38,26 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], pref
     Raises:
         ValueError: weights do not fit the intervention, the rank, the units or the hidden size of their adapter.
     """
-    found = {key: match for key in state_dict if key.startswith(prefix) and (match := _KEY.fullmatch(key, len(prefix)))}
+    found = {
+        key.removeprefix(prefix): match
+        for key in state_dict
+        if key.startswith(prefix) and (match := _KEY.fullmatch(key, len(prefix)))
+    }
     if not found:
         return
-    parameters = {name: parameter for name, parameter in model.named_parameters() if _KEY.fullmatch(name)}
-    fitting = [match for key, match in found.items() if key.removeprefix(prefix) in parameters]
+    places = {name: _parameter(model, name) for name in found}
+    fitting = [match for name, match in found.items() if places[name] is not None]
     adapters, edited = {match["adapter"] for match in fitting}, {match["site"] for match in fitting}
     adapter = f"adapter {next(iter(adapters))!r}" if len(adapters) == 1 else "an adapter"
     strange: dict[str, list[str]] = {}
-    for key, match in found.items():
-        name = key.removeprefix(prefix)
-        if name not in parameters:
+    for name, match in found.items():
+        place, weight = places[name], state_dict[prefix + name]
+        if place is None:
             if match["adapter"] is None or match["adapter"] in adapters:
                 strange.setdefault(match["site"], []).append(match["parameter"])
         # What DeepSpeed has spread over processes looks empty.
-        elif parameters[name].numel() and parameters[name].shape != state_dict[key].shape:
-            shapes = {"found": tuple(state_dict[key].shape), "wanted": tuple(parameters[name].shape)}
+        elif place.numel() and place.shape != weight.shape:
+            shapes = {"found": tuple(weight.shape), "wanted": tuple(place.shape)}
             raise ValueError(_OTHER_SHAPE.format(adapter=adapter, name=name, **shapes))
     for site in (site for site in strange if site in edited):
         names = " and ".join(map(repr, strange[site]))
@@ -61,3 +65,10 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], pref
     if strange:
         sites = ", ".join(map(repr, list(strange)[:3])) + (", ..." if len(strange) > 3 else "")
         warnings.warn(_OTHER_SITES.format(adapter=adapter, sites=sites, model=type(model).__name__), stacklevel=2)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
