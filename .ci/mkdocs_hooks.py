@@ -20,7 +20,7 @@ _KINDS = {".md", ".py", ".sh", ".png", ".yaml", ".ipynb"}
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the README, CONTRIBUTING.md and examples/, at the paths that they have in the repository."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=readme.replace("](docs/", "](")))
+    files.append(File.generated(config, "README.md", content=readme.replace("](docs/", "](")))
     others = [ROOT / name for name in ("CONTRIBUTING.md", "LICENSE", ".ci/pinned.txt")]
     for path in [*others, *sorted((ROOT / "examples").rglob("*"))]:
         if path.is_file() and (path.suffix in _KINDS or path in others):
