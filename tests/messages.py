@@ -71,7 +71,7 @@ def _texts(value: ast.expr, constants: dict[str, ast.expr], returned: dict[str, 
 def _template(value: ast.expr | None) -> str | None:
     """The text of a string expression with `GAP`s; None for anything else."""
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
-        return re.sub(r"(?<!\{)\{\w*\}(?!\})|%\w+|%\.\w+", GAP, value.value)
+        return re.sub(r"(?<!\{)\{\w*(?:![rs])?(?::[^}]*)?\}(?!\})|%[.\w]+", GAP, value.value)
     if isinstance(value, ast.JoinedStr):
         return "".join(part.value if isinstance(part, ast.Constant) else GAP for part in value.values)
     if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):

@@ -95,7 +95,9 @@ def create_workspace(folder: Path) -> None:
         "eos_token_id": words.eos_token_id,
         "max_position_embeddings": 1024,
     }
-    language_model = tiny.llama(**sizes | {"num_hidden_layers": 24})
+    # Heads of 32: vLLM has no kernel for smaller ones.
+    heads = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    language_model = tiny.llama(**sizes | heads, num_hidden_layers=24)
     encoder = tiny.build(
         BertForSequenceClassification,
         BertConfig(**sizes, hidden_size=tiny.HIDDEN, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4),
