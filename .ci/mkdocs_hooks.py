@@ -48,6 +48,13 @@ def _as_markdown(cell: dict[str, Any]) -> Iterator[str]:
             yield f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).rstrip()}\n```"
 
 
+def on_page_content(html: str, page: Page, **others: object) -> str:
+    """Show the marks of Hugging Face's docstrings, as in "r (`int`)" and "[`ReftModel`]", as code."""
+    if page.file.src_uri != "reference.md":
+        return html
+    return re.sub(r"\[(<code>\w+</code>)\]", r"\1", re.sub(r"<code>`([^`<]*)`</code>", r"<code>\1</code>", html))
+
+
 def on_page_markdown(markdown: str, page: Page, **others: object) -> str:
     """Lead links out of docs/ to where `on_files` put their files."""
     if "/" in page.file.src_uri:
