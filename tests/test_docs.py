@@ -120,6 +120,8 @@ def _check_python(argv):
     target, arguments = (argv[2], argv[3:]) if module else (argv[1], argv[2:])
     if module and target == "pytest":
         return
+    if module and target == "peft_reft.run":
+        return _check_peft_reft(["peft-reft", "run", *arguments])
     assert module or (ROOT / target).is_file()
     help_text = _help(target, module)
     for option in _options(arguments):
@@ -144,6 +146,16 @@ def _help(target: str, module: bool, cache: dict[str, str] = {}) -> str:  # noqa
             sys.path, sys.argv = path, argv
         cache[target] = output.getvalue()
     return cache[target]
+
+
+@check("peft-reft")
+def _check_peft_reft(argv):
+    command, *rest = argv[1:]
+    if command == "run":
+        # A file of the reader's own stands for itself; other programs need environments of their own.
+        assert rest[0] in ("trl", "lm_eval") or rest[0].endswith(".py")
+    else:
+        _check_python(["python", "-m", f"peft_reft.{command}", *rest])
 
 
 @check("accelerate")
