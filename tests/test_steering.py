@@ -68,7 +68,7 @@ def test_strength_zero_is_the_base_model_bit_for_bit():
 def test_strength_scales_the_edit_of_a_layer(strength, positions):
     model = wrap(positions=positions, layers_to_transform=[1])
     base, whole = base_states(model)[1], states(model)[1]
-    with model.strength("default", strength):
+    with model.rescaled("default", strength):
         scaled = states(model)[1]
     torch.testing.assert_close(scaled - base, strength * (whole - base), atol=1e-5, rtol=1e-5)
 
@@ -81,10 +81,10 @@ def test_strength_is_set_for_one_adapter_and_back_again_after_the_block():
     model.base_model.set_adapter("default")
     alone = logits(model)
     model.base_model.set_adapter(["default", "other"])
-    with model.strength("other", 0):
+    with model.rescaled("other", 0):
         torch.testing.assert_close(logits(model), alone)
     assert torch.equal(logits(model), both)
-    with pytest.raises(RuntimeError), model.strength("other", 0):
+    with pytest.raises(RuntimeError), model.rescaled("other", 0):
         raise RuntimeError
     assert torch.equal(logits(model), both)
 
@@ -98,7 +98,7 @@ def test_a_strength_that_is_not_finite_is_refused_and_nothing_changes(strength):
     before = logits(model)
     with pytest.raises(ValueError, match="strength must be finite"):
         model.set_strength("default", strength)
-    with pytest.raises(ValueError, match="strength must be finite"), model.strength("default", strength):
+    with pytest.raises(ValueError, match="strength must be finite"), model.rescaled("default", strength):
         pytest.fail("the block was entered")
     assert torch.equal(logits(model), before)
 
@@ -153,13 +153,13 @@ def unload(model):
 
 @pytest.mark.parametrize("change", [nothing, delete, replace, unload], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("error", [UsersError, KeyboardInterrupt, SystemExit, None])
-@pytest.mark.parametrize("block", ["strength", "only_subspaces"])
+@pytest.mark.parametrize("block", ["rescaled", "use_subspaces"])
 def test_the_users_error_comes_through_whatever_happened_to_the_adapters(block, error, change):
     model = wrap(subspaces=GROUPS, positions="all")
     before = logits(model)
 
     def run():
-        with getattr(model, block)("default", 0.5 if block == "strength" else "style"):
+        with getattr(model, block)("default", 0.5 if block == "rescaled" else "style"):
             change(model)
             if error is not None:
                 raise error
@@ -173,12 +173,12 @@ def test_the_users_error_comes_through_whatever_happened_to_the_adapters(block, 
         assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("block", ["strength", "only_subspaces"])
+@pytest.mark.parametrize("block", ["rescaled", "use_subspaces"])
 def test_a_new_adapter_of_the_old_name_keeps_its_own_settings(block):
     model = wrap(subspaces=GROUPS, positions="all")
     model.set_strength("default", 0.25)
     model.set_subspaces("default", "task")
-    with getattr(model, block)("default", 0.5 if block == "strength" else "style"):
+    with getattr(model, block)("default", 0.5 if block == "rescaled" else "style"):
         replace(model)
         fresh = logits(model)
     assert torch.equal(logits(model), fresh)
@@ -188,7 +188,7 @@ def test_an_unknown_adapter_is_named():
     model = wrap()
     for call in (
         lambda: model.set_strength("nobody", 1),
-        lambda: model.subspace("nobody", 0),
+        lambda: model.projection("nobody", 0),
         lambda: model.set_subspaces("nobody", None),
         lambda: model.set_directions("nobody", {}),
     ):
@@ -202,28 +202,28 @@ def test_an_unknown_adapter_is_named():
 def test_subspace_returns_the_orthonormal_rows():
     model = wrap()
     for layer in range(tiny.LAYERS):
-        rows = model.subspace("default", layer)
+        rows = model.projection("default", layer)
         expected = gram_schmidt(interventions(model)[layer].projection[0].double())
         torch.testing.assert_close(rows.double(), expected, atol=1e-6, rtol=0)
-        assert torch.equal(model.subspace("default", f"layers.{layer}"), rows)
+        assert torch.equal(model.projection("default", f"layers.{layer}"), rows)
 
 
 def test_subspace_of_unshared_weights_has_one_for_each_word():
-    assert wrap(share_weights=False).subspace("default", 0).shape == (2, 4, tiny.HIDDEN)
+    assert wrap(share_weights=False).projection("default", 0).shape == (2, 4, tiny.HIDDEN)
 
 
 def test_subspace_asks_for_a_name_where_a_number_is_not_enough():
     model = wrap(component=["attention_output", "mlp_output"])
     with pytest.raises(ValueError, match=r"several places .* 'model.layers.1.self_attn.o_proj', 'model.layers.1.mlp"):
-        model.subspace("default", 1)
-    assert model.subspace("default", "layers.1.mlp.down_proj").shape == (4, tiny.HIDDEN)
+        model.projection("default", 1)
+    assert model.projection("default", "layers.1.mlp.down_proj").shape == (4, tiny.HIDDEN)
     with pytest.raises(ValueError, match="Layer 7 is not edited"):
-        model.subspace("default", 7)
+        model.projection("default", 7)
 
 
 def test_red_has_no_subspace():
     with pytest.raises(ValueError, match="edits every coordinate, not a subspace"):
-        wrap(intervention="red").subspace("default", 0)
+        wrap(intervention="red").projection("default", 0)
 
 
 GROUPS = {"style": 1, "task": 3}
@@ -234,9 +234,9 @@ def test_the_edits_of_all_groups_add_up_to_the_whole():
     base, whole = base_states(model)[1], states(model)[1]
     parts = []
     for names in GROUPS:
-        with model.only_subspaces("default", names):
+        with model.use_subspaces("default", names):
             parts.append(states(model)[1] - base)
-            rows = model.subspace("default", 1)
+            rows = model.projection("default", 1)
             outside = rows[1:] if names == "style" else rows[:1]
             torch.testing.assert_close(parts[-1] @ outside.T, torch.zeros(2, 8, len(outside)), atol=1e-5, rtol=0)
     torch.testing.assert_close(sum(parts), whole - base, atol=1e-5, rtol=1e-5)
@@ -254,7 +254,7 @@ def test_each_row_edits_the_subspaces_that_it_asks_for(positions, share_weights)
     got = logits(model, ids, labels=labels, subspaces=asked)
     tokens = generated(model, ids, subspaces=asked)
     for row, names in enumerate(asked):
-        with model.only_subspaces("default", names):
+        with model.use_subspaces("default", names):
             torch.testing.assert_close(got[row], logits(model, ids[row : row + 1], labels=labels[row : row + 1])[0])
             assert torch.equal(tokens[row], generated(model, ids[row : row + 1])[0])
 
@@ -294,14 +294,14 @@ def train(model, steps=3):
 
 def test_training_a_later_subspace_leaves_an_earlier_one_as_it_is():
     model = wrap(subspaces=GROUPS, positions="all")
-    with model.only_subspaces("default", "style"):
+    with model.use_subspaces("default", "style"):
         before = logits(model)
-    rows = model.subspace("default", 1)
+    rows = model.projection("default", 1)
     model.set_subspaces("default", "task")
     train(model)
-    with model.only_subspaces("default", "style"):
+    with model.use_subspaces("default", "style"):
         assert torch.equal(logits(model), before)
-    assert not torch.equal(model.subspace("default", 1)[1:], rows[1:])
+    assert not torch.equal(model.projection("default", 1)[1:], rows[1:])
 
 
 def test_all_subspaces_train_together_by_default():
@@ -373,7 +373,7 @@ def test_directions_become_the_subspace_and_change_nothing_yet():
     directions = torch.randn(2, tiny.HIDDEN)
     model.set_directions("default", dict.fromkeys(range(tiny.LAYERS), directions))
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.subspace("default", 1), gram_schmidt(directions), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.projection("default", 1), gram_schmidt(directions), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -406,7 +406,7 @@ def test_directions_of_a_constant_edit_are_added_as_they_are():
     base, steered = base_states(model), states(model)
     torch.testing.assert_close(steered[0], base[0] + directions[0].sum(0), atol=1e-5, rtol=1e-5)
     assert torch.equal(interventions(model)[1].projection, untouched["projection"])
-    with model.strength("default", -1.5):
+    with model.rescaled("default", -1.5):
         torch.testing.assert_close(states(model)[0], base[0] - 1.5 * directions[0].sum(0), atol=1e-5, rtol=1e-5)
 
 
@@ -567,7 +567,7 @@ def test_subspaces_keep_their_coordinates_whatever_the_order_of_their_names(tmp_
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     for names in ("style", "task"):
-        with model.only_subspaces("default", names), loaded.only_subspaces("default", names):
+        with model.use_subspaces("default", names), loaded.use_subspaces("default", names):
             assert torch.equal(logits(loaded), logits(model))
 
 
@@ -579,7 +579,7 @@ def test_what_was_set_in_the_forward_pass_holds_in_its_replay(component, reentra
         if checkpoint:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        with model.only_subspaces("default", "task"), model.strength("default", 0.5):
+        with model.use_subspaces("default", "task"), model.rescaled("default", 0.5):
             loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         return [p.grad for i in interventions(model).values() for p in i.parameters()]
@@ -597,12 +597,12 @@ def test_strength_zero_in_training_gives_gradients_of_zero():
 
 def test_layers_count_from_the_end_too():
     model = wrap(r=1)
-    assert torch.equal(model.subspace("default", -1), model.subspace("default", tiny.LAYERS - 1))
+    assert torch.equal(model.projection("default", -1), model.projection("default", tiny.LAYERS - 1))
     texts = (["good", "fine"], ["bad", "awful"])
     directions = directions_from_pairs(model, Letters(), *texts, layers=[-1])
     model.set_directions("default", directions)
     direction = directions[-1] / directions[-1].norm()
-    torch.testing.assert_close(model.subspace("default", tiny.LAYERS - 1), direction)
+    torch.testing.assert_close(model.projection("default", tiny.LAYERS - 1), direction)
 
 
 def test_measuring_leaves_every_module_in_its_mode():
