@@ -83,7 +83,7 @@ def test_each_is_switched_off_alone():
     for alone in (lora_alone, reft_alone):
         state = {name: value for name, value in outer.state_dict().items() if "lora_" in name or "reft_" in name}
         assert len(alone.load_state_dict(state, strict=False).unexpected_keys) < len(state)
-    with rescale_adapter_scale(inner, 0.0):
+    with rescale_adapter_scale(inner, 0.0), outer.rescaled("reft", 1):
         torch.testing.assert_close(logits(outer), logits(reft_alone))
     with outer.rescaled("reft", 0):
         assert torch.equal(logits(outer), logits(lora_alone))
