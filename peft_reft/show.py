@@ -45,7 +45,9 @@ def show(adapter: str, text: str | None = None, base_model: str | None = None, c
     print(config)
     if text is not None:
         print()
-        show_positions(model, AutoTokenizer.from_pretrained(base), [{"role": "user", "content": text}] if chat else text)
+        show_positions(
+            model, AutoTokenizer.from_pretrained(base), [{"role": "user", "content": text}] if chat else text
+        )
 
 
 def _model(base: str, config: ReftConfig) -> nn.Module:

@@ -13,11 +13,13 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: bash tests/run.sh lm_eval makes an environment with it")
 
+import lm_eval
 import tiny
 from adapters import lora, reft
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from peft import get_peft_model
 
 from peft_reft import ReftConfig, prompt_mask_of
@@ -86,7 +88,13 @@ def test_other_models_have_the_scores_of_hf_to_the_last_digit(build, batch_size)
 
 def test_the_same_tokens_with_two_prompts_are_two_requests():
     model = edited(positions="l1")
-    pairs = [("w6 w7", " w8 w9"), ("w6", " w7 w8 w9"), ("w6 w7 w8", " w9"), ("w6 w7 w8", " w10"), ("w6 w7", " w8 <pad>")]
+    pairs = [
+        ("w6 w7", " w8 w9"),
+        ("w6", " w7 w8 w9"),
+        ("w6 w7 w8", " w9"),
+        ("w6 w7 w8", " w10"),
+        ("w6 w7", " w8 <pad>"),
+    ]
     expected = [alone(model, *encoded(*pair)) for pair in pairs]
     assert scores(ReftLM, model, 8, pairs) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert len({round(score, 3) for score in expected[:3]}) == 3
@@ -212,53 +220,68 @@ metric_list:
     return folder
 
 
-def evaluated(tasks: Path, tmp_path: Path, base: Path, model: str, adapter: Path | None, *options: str) -> dict:
-    """Name of each task -> what the harness noted of each of its documents."""
-    arguments = f"pretrained={base},dtype=float32" + (f",peft={adapter}" if adapter else "")
-    command = [sys.executable, "-m", "peft_reft.run", "lm_eval", "--model", model, "--model_args", arguments]
-    command += ["--tasks", "choose,answer", "--include_path", str(tasks), "--device", "cpu", "--log_samples"]
-    out = tmp_path / "out"
-    environment = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [*command, "--output_path", str(out), *options], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
-    for task in ("choose", "answer"):
-        (file,) = out.rglob(f"samples_{task}_*.jsonl")
-        samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda s: s["doc_id"])
-        found[task] = [sample["filtered_resps"] for sample in samples]
-    return found
+@pytest.fixture(scope="module")
+def evaluated(tasks, smollm2, adapters):
+    """Name of each task -> what the harness noted of each of its documents; each run once."""
+    manager, kept = TaskManager(include_path=str(tasks)), {}
+
+    def run(model: str, adapter: str | None, batch_size: int, chat: bool = False) -> dict[str, list]:
+        key = (model, adapter, batch_size, chat)
+        if key not in kept:
+            arguments = {"pretrained": str(smollm2), "dtype": "float32"}
+            arguments |= {"peft": str(adapters[adapter])} if adapter else {}
+            results = lm_eval.simple_evaluate(
+                model,
+                arguments,
+                ["choose", "answer"],
+                batch_size=batch_size,
+                device="cpu",
+                task_manager=manager,
+                apply_chat_template=chat,
+                bootstrap_iters=0,
+            )
+            kept[key] = {
+                task: [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+                for task, samples in results["samples"].items()
+            }
+        return kept[key]
+
+    return run
 
 
 def numbers(samples: list) -> list[float]:
     return [float(score) for sample in samples for score, _ in sample]
 
 
-@pytest.mark.parametrize("chat", [(), ("--apply_chat_template",)], ids=["text", "chat"])
-def test_a_real_task_does_not_depend_on_the_batch_size(chat, smollm2, adapters, tasks, tmp_path):
-    runs = [
-        evaluated(tasks, tmp_path / size, smollm2, "hf-reft", adapters["reft"], "--batch_size", size, *chat)
-        for size in ("1", "8")
-    ]
-    assert numbers(runs[0]["choose"]) == pytest.approx(numbers(runs[1]["choose"]), abs=1e-3)
-    assert runs[0]["answer"] == runs[1]["answer"]
-    base = evaluated(tasks, tmp_path / "base", smollm2, "hf-reft", None, "--batch_size", "8", *chat)
-    assert numbers(base["choose"]) != pytest.approx(numbers(runs[1]["choose"]), abs=0.1)
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_a_real_task_does_not_depend_on_the_batch_size(chat, evaluated):
+    one, eight = (evaluated("hf-reft", "reft", size, chat) for size in (1, 8))
+    assert numbers(one["choose"]) == pytest.approx(numbers(eight["choose"]), abs=1e-3)
+    assert one["answer"] == eight["answer"]
+    assert one["answer"] == evaluated("hf", "reft", 8, chat)["answer"]
 
 
-def test_a_real_task_without_the_model_type_depends_on_the_batch_size(smollm2, adapters, tasks, tmp_path):
-    runs = [
-        numbers(evaluated(tasks, tmp_path / size, smollm2, "hf", adapters["reft"], "--batch_size", size)["choose"])
-        for size in ("1", "8")
-    ]
-    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) > 0.1
+def test_a_real_task_without_the_model_type_depends_on_the_batch_size(evaluated):
+    one, eight = (numbers(evaluated("hf", "reft", size)["choose"]) for size in (1, 8))
+    assert max(abs(a - b) for a, b in zip(one, eight, strict=True)) > 0.1
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
-def test_a_real_task_of_another_model_has_the_results_of_hf(adapter, smollm2, adapters, tasks, tmp_path):
-    runs = [
-        evaluated(tasks, tmp_path / model, smollm2, model, adapter and adapters[adapter], "--batch_size", "8")
-        for model in ("hf", "hf-reft")
-    ]
-    assert runs[0] == runs[1]
+def test_a_real_task_of_another_model_has_the_results_of_hf(adapter, evaluated):
+    results = evaluated("hf-reft", adapter, 8)
+    assert results == evaluated("hf", adapter, 8)
+    assert numbers(results["choose"]) != pytest.approx(numbers(evaluated("hf-reft", "reft", 8)["choose"]), abs=0.1)
+
+
+def test_the_command_line_gives_the_same(evaluated, smollm2, adapters, tasks, tmp_path):
+    arguments = f"pretrained={smollm2},dtype=float32,peft={adapters['reft']}"
+    command = [sys.executable, "-m", "peft_reft.run", "lm_eval", "--model", "hf-reft", "--model_args", arguments]
+    command += ["--tasks", "choose", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "8"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "out")]
+    environment = os.environ | {"HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "out").rglob("samples_choose_*.jsonl")
+    samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda s: s["doc_id"])
+    found = numbers([sample["filtered_resps"] for sample in samples])
+    assert found == pytest.approx(numbers(evaluated("hf-reft", "reft", 8)["choose"]), abs=1e-4)

@@ -452,43 +452,27 @@ def test_directions_that_span_no_subspace_are_refused_before_anything_is_set(dir
 class Letters:
     """A tokenizer: one token a letter."""
 
+    all_special_ids = ()
+
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [3 + ord(letter) % 50 for letter in text]}
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_directions_from_pairs_are_differences_of_means_of_last_tokens(adapter):
-    model = tiny.llama()
-    positive, negative = ["good", "very good indeed", "fine"], ["bad", "awful"] * 10
-    expected = []
-    for layer in (0, 2):
-        means = []
-        for texts in (positive, negative):
-            seen = []
-            handle = model.model.layers[layer].register_forward_hook(
-                lambda m, a, output, s=seen: s.append(output[0, -1])
-            )
-            for text in texts:
-                with torch.no_grad():
-                    model(input_ids=torch.tensor([Letters()(text)["input_ids"]]))
-            handle.remove()
-            means.append(torch.stack(seen).mean(0))
-        expected.append(means[0] - means[1])
-    if adapter:
-        model = wrap(model)
-    got = directions_from_pairs(model, Letters(), positive, negative, layers=[0, -1])
+def test_directions_are_those_of_the_base_model_and_leave_no_hooks():
+    texts = ["good", "very good indeed", "fine"], ["bad", "awful"] * 10
+    model = wrap()
+    got, expected = (directions_from_pairs(m, Letters(), *texts, layers=[0, -1]) for m in (model, tiny.llama()))
     assert list(got) == [0, -1]
-    for direction, reference in zip(got.values(), expected, strict=True):
-        assert direction.shape == (1, tiny.HIDDEN)
-        torch.testing.assert_close(direction[0], reference, atol=1e-5, rtol=1e-4)
-    assert not any(block._forward_hooks for block in tiny.llama().model.layers)
+    assert all(torch.equal(got[layer], expected[layer]) for layer in got)
+    assert got[0].shape == (1, tiny.HIDDEN)
+    assert all(len(block._forward_hooks) == 1 for block in model.get_base_model().model.layers)
 
 
 @pytest.mark.parametrize(
     ("texts", "layers", "message"),
     [
         (([], ["a"]), [0], "Texts of both kinds are needed, got 0 positive and 1 negative"),
-        ((["a"], [""]), [0], "One of the texts has no tokens"),
+        ((["a"], [""]), [0], "The text '' has no tokens"),
         ((["a"], ["b"]), [3], "There is no layer 3: 'model.layers' has 3"),
     ],
 )
