@@ -4,6 +4,7 @@ Importing this package registers `PeftType.REFT`; from then on `get_peft_model(m
 built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
 """
 
+from peft_reft.adapter_files import check_adapters_before_loading
 from peft_reft.analysis.directions import directions_from_pairs
 from peft_reft.analysis.norms import EditNorms, edit_norms
 from peft_reft.analysis.show import show_positions
@@ -17,6 +18,7 @@ from peft_reft.model import ReftModel
 from peft_reft.registration import register
 
 register(ReftConfig, ReftModel, ReftLayer)
+check_adapters_before_loading()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -21,7 +21,8 @@ from peft_reft.config import ReftConfig
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
 from peft_reft.methods import SteeringMixin
 from peft_reft.modules import modules_around, named_modules
-from peft_reft.sites import Site, find_sites, matches
+from peft_reft.sites import Site, find_sites, is_encoder_decoder, matches
+from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.requests import AdapterNames, RowRequests
 from peft_reft.tracker import Entry
 
@@ -121,6 +122,7 @@ class ReftModel(SteeringMixin, BaseTuner):
         subspaces = tuple(config.subspaces or ())
         modules = bool(config.modules_to_save or config.trainable_token_indices)
         tracker_of(model).add(adapter_name, AdapterNames(config.parsed_positions, subspaces, modules))
+        _warn_of_completion(model, config.parsed_positions)
 
     def _check_state_dict(self, model: nn.Module, config: ReftConfig, state_dict: dict[str, torch.Tensor]) -> None:
         named = {self._markers.split(key)[0] for key in state_dict if self._markers.search(key)}
@@ -323,6 +325,18 @@ def _has_reft_alone(model: nn.Module) -> bool:
         module for module in modules_around(model) if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     )
     return all(isinstance(module, ReftLayer) for module in adapts)
+
+
+def _warn_of_completion(model: nn.Module, positions: Positions) -> None:
+    """Warn where positions select what comes after the prompt, and a model takes all of its tokens for prompt."""
+    generates = getattr(model, "can_generate", bool)()
+    if not (generates or is_encoder_decoder(model) or positions.only(prompt=True, completion=False).words):
+        warnings.warn(
+            f"positions={str(positions)!r} selects tokens after the prompt, but {type(model).__name__} does not "
+            "generate: all of its tokens are prompt, so nothing is edited unless forward gets prompt_mask. Use f<n>, "
+            "l<n>, prompt or all.",
+            stacklevel=2,
+        )
 
 
 def _ends_with(name: str, ending: str) -> bool:
