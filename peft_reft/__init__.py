@@ -4,6 +4,7 @@ Importing this package registers `PeftType.REFT`; from then on `get_peft_model(m
 built on it accepts a `ReftConfig` where it accepts a `LoraConfig`.
 """
 
+import peft_reft.quiet  # noqa: F401  # isort: skip  before everything that imports PEFT
 from peft_reft.adapter_files import check_adapters_before_loading
 from peft_reft.analysis.directions import directions_from_pairs
 from peft_reft.analysis.norms import EditNorms, edit_norms

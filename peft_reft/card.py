@@ -14,9 +14,9 @@ NAME = "README.md"
 _HEADING = "## How to load this ReFT adapter"
 _TEXT = """{heading}
 
-The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
-the import PEFT fails with `KeyError: 'REFT'`. Programs that load adapters themselves are run so:
-`python -m peft_reft.run PROGRAM ARGUMENTS...`
+The adapter was trained with `peft_reft` (`pip install peft-reft`, or `pip install .` in a checkout), which adds ReFT to
+PEFT when it is imported. Without the import PEFT fails with `KeyError: 'REFT'`. Programs that load adapters themselves
+are run with it by `python -m peft_reft.run PROGRAM ARGUMENTS...`
 
 ```python
 import peft_reft  # registers ReFT with PEFT

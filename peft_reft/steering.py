@@ -211,9 +211,7 @@ def _check_mapping(directions: Mapping[int | str, torch.Tensor]) -> None:
         raise TypeError(f"directions must map layers to tensors, such as {{10: direction}}, got {what}.")
     for layer, value in directions.items():
         if isinstance(layer, bool) or not isinstance(layer, (int, str)):
-            raise TypeError(
-                f"directions must map layers to tensors; a layer of type {type(layer).__name__} is no layer."
-            )
+            raise TypeError(f"directions must map layers to tensors, but a {type(layer).__name__} is no layer.")
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"directions of layer {layer!r} must be a tensor, got {type(value).__name__}.")
 

@@ -175,3 +175,27 @@ def test_show_says_in_a_line_what_is_wrong(adapter, tmp_path, capsys):
             show([str(folder)])
         assert stop.value.code == 1
         assert str(folder) in capsys.readouterr().err
+
+
+# The import
+
+
+def test_the_import_says_nothing_of_a_kernel_that_is_not_used(tmp_path):
+    # bitsandbytes as it is on a CPU with AVX512-BF16 without the package `kernels`.
+    (tmp_path / "bitsandbytes" / "backends" / "cpu").mkdir(parents=True)
+    for folder in (tmp_path / "bitsandbytes" / "backends" / "cpu").parents:
+        if "bitsandbytes" in folder.parts:
+            (folder / "__init__.py").write_text("")
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("import bitsandbytes.backends.cpu.ops\nclass nn: pass")
+    (tmp_path / "bitsandbytes" / "backends" / "cpu" / "__init__.py").write_text("")
+    (tmp_path / "bitsandbytes" / "backends" / "cpu" / "ops.py").write_text(
+        "import logging\n"
+        "logger = logging.getLogger(__name__)\n"
+        "logger.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'no kernels')\n"
+        "logger.warning('Something else')\n"
+    )
+    for package, heard in (("peft", True), ("peft_reft", False)):
+        done = python("-c", f"import {package}", PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert ("gemm_4bit_forward" in done.stderr) == heard
+        assert "Something else" in done.stderr

@@ -13,7 +13,7 @@ from adapters import IDS, generated, logits, reft
 from peft import PeftModel, get_peft_model
 from reference import edited, gram_schmidt
 
-from peft_reft import ReftConfig, ReftLayer, directions_from_pairs, edit_norms
+from peft_reft import EditNorms, ReftConfig, ReftLayer, directions_from_pairs, edit_norms
 
 BLOCKS = "base_model.model.model.layers"
 
@@ -482,6 +482,13 @@ def test_pairs_that_give_no_direction_are_refused(texts, layers, message):
 
 
 # Norms
+
+
+def test_norms_print_as_a_line_for_each_row_and_place():
+    values = torch.tensor([[[0.5, 0.0], [0.0, 0.0], [0.25, 0.0]]])
+    assert str(EditNorms(values, ("layers.0", "layers.1"))) == (
+        "row 0  layers.0: 2 of 3 tokens, mean 37.5%, most 50.0% of ||h||\nrow 0  layers.1: 0 of 3 tokens, no edit"
+    )
 
 
 @pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output"])
