@@ -66,12 +66,13 @@ def shapes() -> dict[str, tuple[list[str], list[str]]]:
 @torch.no_grad()
 def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[float, float]:
     """Mean log-probability of a text, and of a token."""
-    total, tokens = 0.0, 0
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        total -= model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    return total / len(texts), total / tokens
+    ids = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    logits = model(input_ids=padded, attention_mask=real).logits[:, :-1]
+    found = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
+    total = (found * real[:, 1:].flatten()).sum().item()
+    return total / len(texts), total / real[:, 1:].sum().item()
 
 
 def measured(model: PeftModel, tokenizer: PreTrainedTokenizerBase, strength: float) -> tuple[float, float]:
