@@ -25,7 +25,6 @@ from peft_reft.interventions import (
     RedIntervention,
     Scope,
     compute_dtype,
-    with_bias,
 )
 from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.requests import RowPositions, RowRequests
@@ -376,7 +375,7 @@ def _factors(members: Sequence[Edit], dtype: torch.dtype) -> Factors:
         projection = parameters["projection"]
         used = _coordinates(members, projection.shape[2]).to(projection.device) != 0
         parameters["projection"] = torch.where(used[:, None, :, None], projection, projection.detach())
-    factors = first.factors_of(with_bias(parameters), first.affine)
+    factors = first.normal_form(parameters, first.affine)
     return Factors(*(None if factor is None else factor.flatten(1, 2) for factor in factors))
 
 

@@ -169,12 +169,6 @@ class Factors(NamedTuple):
     removed: torch.Tensor | None
 
 
-def with_bias(parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The parameters of a low-rank intervention, by name, with a `bias` of zeros where it has none."""
-    projection = parameters["projection"]
-    return {"bias": projection.new_zeros(projection.shape[:-1])} | dict(parameters)
-
-
 class _Products(NamedTuple):
     """Factors with all units side by side, and with `removed`, if there is one, below `right`.
 
@@ -262,8 +256,14 @@ class LowRankIntervention(Intervention):
         return orthonormal_rows(projection) if cls.orthonormal else projection
 
     @classmethod
+    def normal_form(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
+        """`factors_of`, with a `bias` of zeros where there is none."""
+        zeros = parameters["projection"].new_zeros(parameters["projection"].shape[:-1])
+        return cls.factors_of({"bias": zeros} | dict(parameters), affine)
+
+    @classmethod
     def factors_of(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
-        """The normal form, from parameters by name (see `with_bias`), with any number of axes before theirs."""
+        """The normal form, from parameters by name, with any number of axes before those of one intervention."""
         left, bias = cls.rows_of(parameters["projection"]), parameters["bias"]
         weight = parameters["weight"] if cls.learned else None
         if not affine:
@@ -281,7 +281,7 @@ class LowRankIntervention(Intervention):
             projection = parameters["projection"]
             used = (coordinates != 0).reshape(-1, projection.shape[1]).any(0)[:, None]
             parameters["projection"] = torch.where(used, projection, projection.detach())
-        return self.factors_of(with_bias(parameters), self.affine)
+        return self.normal_form(parameters, self.affine)
 
     def edit(
         self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None

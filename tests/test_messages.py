@@ -68,7 +68,7 @@ def test_weights_in_the_older_format_are_loaded(copy):
 @pytest.mark.parametrize("method", ["loreft", "red"])
 def test_another_hidden_size_is_one_sentence(method, tmp_path):
     get_peft_model(tiny.llama(), reft(intervention=method)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"adapter 'default' do not fit.*'model\.layers\.0'.*32\].*64\]") as error:
+    with pytest.raises(ValueError, match=r"adapter 'default' do not fit.*model\.layers\.0.*32\).*64\)") as error:
         PeftModel.from_pretrained(tiny.llama(hidden_size=64), tmp_path)
     assert "\n" not in str(error.value)
     assert "size mismatch" not in str(error.value)
