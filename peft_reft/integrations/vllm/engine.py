@@ -25,7 +25,7 @@ def prepare(config: VllmConfig, settings: Settings) -> None:
     """
     _check_configuration(config)
     registry = registry_of(config)
-    targets = set()
+    targets = set(settings.targets)
     for name, source in settings.adapters.items():
         adapter = registry.load(name, source)
         targets |= {f"{place.module} {place.side}" for place in adapter.places}

@@ -92,7 +92,7 @@ def _loaded(registry: Registry, name: str, adapter: str | Adapter) -> Adapter:
 
 
 def _source(adapter: str | Adapter) -> str:
-    return _IN_MEMORY if isinstance(adapter, Adapter) else str(adapter)
+    return _IN_MEMORY if isinstance(adapter, Adapter) or Adapter.is_url(str(adapter)) else str(adapter)
 
 
 def _refused(name: str, error: Exception) -> ValueError:
