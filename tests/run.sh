@@ -8,7 +8,7 @@ if [[ ${1:-} == vllm ]]; then
     shift
     environment=${REFT_ENV:-.venv-vllm}
     .ci/environment-vllm "$environment"
-    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest tests/test_vllm.py "$@"
+    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest tests/vllm_plugin "$@"
 fi
 versions=newest
 case ${1:-} in newest|pinned|oldest|all) versions=$1; shift ;; esac

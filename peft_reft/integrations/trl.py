@@ -1,4 +1,4 @@
-"""GRPO with `use_vllm=True`: TRL's vLLM gets the adapter itself at each step, where TRL would merge it into the weights.
+"""TRL's `use_vllm=True`: its vLLM gets the adapter itself at each step, where TRL would merge it into the weights.
 
 An edit of some tokens cannot be merged. Make the trainer in a `with` block, that is all:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST, TARGETS
 from peft_reft.layer import layers
 
 _SERVER = (
-    f"Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and --additional-config '{{\"{ADAPTERS}\": "
+    f'Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and --additional-config \'{{"{ADAPTERS}": '
     "{}}' (reft_components beside it, for an adapter with another component than block_output)."
 )
 
@@ -167,7 +167,5 @@ class AdapterGeneration(VLLMGeneration):
 
     def _leave_server(self) -> None:
         url = f"{self.vllm_client.base_url}/v1/unload_lora_adapter"
-        try:
+        with suppress(OSError):  # the server may have stopped before
             self.vllm_client.session.post(url, json={"lora_name": self.served_name}, timeout=5)
-        except OSError:  # it has gone before
-            pass

@@ -21,7 +21,7 @@ _SERVER = "vllm.entrypoints.openai.models.serving"
 
 _done: set[str] = set()
 # Arguments for engines that somebody else starts.
-_arguments: ContextVar[dict[str, Any]] = ContextVar("engine_arguments", default={})
+_arguments: ContextVar[dict[str, Any] | None] = ContextVar("engine_arguments", default=None)
 
 
 def register() -> None:
@@ -75,7 +75,7 @@ def engine_arguments(**arguments: Any) -> Iterator[None]:
 
 
 def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    for name, value in _arguments.get().items():
+    for name, value in (_arguments.get() or {}).items():
         if not hasattr(self, name):
             raise ValueError(f"vLLM's EngineArgs has no argument {name!r}.")
         setattr(self, name, value)
