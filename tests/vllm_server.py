@@ -21,7 +21,7 @@ OPTIONS += ["--block-size", "32", "--max-model-len", "256"]
 class Server:
     """vLLM's OpenAI server on loopback, in a process of its own."""
 
-    def __init__(self, model: Path, config: dict, log: Path, *arguments: str) -> None:
+    def __init__(self, model: Path, config: dict, log: Path, *arguments: str, **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -36,7 +36,9 @@ class Server:
             *OPTIONS,
             *arguments,
         ]
-        environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment = (
+            os.environ | environment | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        )
         self.log = log.open("w")
         self.process = subprocess.Popen(
             [*command, "--additional-config", json.dumps(config)], env=environment, stdout=self.log, stderr=self.log
