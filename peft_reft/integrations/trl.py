@@ -51,7 +51,7 @@ def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
     Raises:
         RuntimeError: TRL is built differently than 1.16.
         ValueError: raised by the trainer, for what cannot be served: several active adapters, FSDP, DeepSpeed ZeRO-3,
-            tensor parallelism, `vllm_enable_sleep_mode`, modules outside of the layers (see `Adapter.of`).
+            `vllm_enable_sleep_mode`, modules outside of the layers (see `Adapter.of`).
     """
     original = getattr(VLLMGeneration, "_init_vllm", None)
     if original is None or not hasattr(VLLMGeneration, "sync_weights"):
@@ -106,7 +106,6 @@ class AdapterGeneration(VLLMGeneration):
         obstacles = {
             "FSDP": self._dist.is_fsdp,
             "DeepSpeed ZeRO-3": self._dist.is_zero3,
-            f"vllm_tensor_parallel_size={self.tensor_parallel_size}": self.tensor_parallel_size > 1,
             "vllm_enable_sleep_mode=True": self.enable_sleep_mode,
             f"{len(self.model.active_adapters)} active adapters": len(self.model.active_adapters) > 1,
             f"vllm_mode='server' and arguments of an engine ({', '.join(engine_args)})": (

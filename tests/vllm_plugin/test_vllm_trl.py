@@ -190,7 +190,6 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"vllm_enable_sleep_mode": True}, "does not work with vllm_enable_sleep_mode=True"),
-            ({"vllm_tensor_parallel_size": 2}, "does not work with vllm_tensor_parallel_size=2"),
             ({"vllm_mode": "server"}, r"vllm_mode='server' and arguments of an engine \(dtype"),
         ],
     )
