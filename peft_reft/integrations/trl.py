@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
 
 from peft_reft.config import ReftConfig
 from peft_reft.integrations.vllm.adapters import Adapter
@@ -58,7 +59,7 @@ def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
         raise RuntimeError("This TRL starts vLLM in another way than TRL 1.16, which peft_reft knows.")
 
     def start(self: VLLMGeneration) -> None:
-        if _has_reft(self.model):
+        if _has_reft(self.model) and is_vllm_available():
             self.__class__ = AdapterGeneration
             self.start(original, engine_args)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 
 import pytest
@@ -60,6 +61,20 @@ def start(model, folders):
 
     yield start
     stop()
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """The lines that the plug-in logs; vLLM's loggers do not hand theirs on to pytest."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.peft_reft")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    yield lines
+    logger.manager._clear_cache()
 
 
 @pytest.fixture(scope="module")

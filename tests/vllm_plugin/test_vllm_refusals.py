@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="needs vLLM: bash tests/run.sh vllm makes an environment with it")
 
 from serving import Request, answers, prompts, save_adapter, save_model
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
+
+from peft_reft.integrations.vllm import add_adapter
 
 
 class TestRefusals:
@@ -45,6 +52,67 @@ class TestRefusals:
         folder = save_adapter(tmp_path / "adapter", other, r=2, positions="all")
         with pytest.raises(ValueError, match=message):
             start({"it": folder})
+
+    def test_an_adapter_of_a_model_of_the_same_sizes_and_another_name_is_served_with_a_warning(
+        self, start, tmp_path, folders, log
+    ):
+        other = save_model(tmp_path / "another")
+        folder = save_adapter(tmp_path / "adapter", other, r=2, positions="all")
+        engine = start({"all": folders["all"]})
+        assert not any("was trained on" in line for line in log)
+        add_adapter(engine, "it", str(folder))
+        assert len([line for line in log if re.search(r"'it' was trained on .*another', but .* is served", line)]) == 1
+
+    @pytest.mark.parametrize("damage", ["cut", "a parameter less", "no config"])
+    def test_a_broken_folder(self, start, folders, tmp_path, damage):
+        shutil.copytree(folders["all"], tmp_path / "it")
+        weights = tmp_path / "it" / "adapter_model.safetensors"
+        if damage == "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+            message = "'.*it' cannot be read: SafetensorError"
+        elif damage == "no config":
+            (tmp_path / "it" / "adapter_config.json").unlink()
+            message = "'.*it' cannot be read: ValueError"
+        else:
+            tensors = load_file(weights)
+            del tensors[next(name for name in tensors if name.endswith("bias"))]
+            save_file(tensors, weights)
+            message = r"Broken parameters of the edit at 0\.block\.output: .*bias"
+        with pytest.raises(ValueError, match=message):
+            start({"it": tmp_path / "it"})
+
+    def test_a_module_that_the_model_does_not_call(self, start, folders, monkeypatch):
+        from vllm.model_executor.models.llama import LlamaMLP
+
+        def fused(self, x):
+            return torch.nn.functional.linear(self.act_fn(self.gate_up_proj(x)[0]), self.down_proj.weight)
+
+        monkeypatch.setattr(LlamaMLP, "forward", fused)
+        message = r"'mlp' edits the output of 'mlp.down_proj', which vLLM's model does not call \(0\.mlp.* 1 others\)"
+        with pytest.raises(ValueError, match=message):
+            start({name: folders[name] for name in ("all", "mlp")})
+        engine = start(
+            {"all": folders["all"]}, additional_config={"reft_components": ["mlp_output", "attention_output"]}
+        )
+        with pytest.raises(ValueError, match=message):
+            add_adapter(engine, "mlp", str(folders["mlp"]))
+        add_adapter(engine, "attention", str(folders["attention"]))
+
+    def test_a_model_whose_layers_return_something_else(self, start, monkeypatch):
+        from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+        original = LlamaDecoderLayer.forward
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *a, **k: [*original(self, *a, **k)])
+        with pytest.raises(NotImplementedError, match=r"vLLM's LlamaDecoderLayer has .* is edited"):
+            start({})
+
+    def test_beam_search_with_an_adapter(self, start):
+        engine = start({})
+        params = BeamSearchParams(beam_width=2, max_tokens=2)
+        assert len(engine.beam_search([{"prompt_token_ids": [7, 8]}], params)[0].sequences) == 2
+        params.extra_args = {"reft": "all"}
+        with pytest.raises(VLLMValidationError, match="reft='all': vLLM's beam search is many requests"):
+            engine.beam_search([{"prompt_token_ids": [7, 8]}], params)
 
     def test_an_engine_that_the_plug_in_does_not_know(self, start):
         with pytest.raises(ValueError, match="not supported with runner='pooling'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: bash tests/run.sh vllm makes an environment with it")
@@ -122,8 +124,8 @@ class TestRunTime:
         ]
         check(truth, requests, answers(engine, requests))
 
-    def test_memory_is_bounded_by_an_option(self, start, model, folders, tmp_path):
-        from peft_reft.integrations.vllm import add_adapter
+    def test_memory_is_bounded_by_an_option_and_told_in_the_log(self, start, model, folders, tmp_path, log):
+        from peft_reft.integrations.vllm import add_adapter, remove_adapter
 
         engine = start({"all": folders["all"]}, additional_config={"reft_memory_mib": 1})
         for number in range(3):
@@ -132,3 +134,7 @@ class TestRunTime:
         add_adapter(engine, "1", str(tmp_path / "1"))
         with pytest.raises(ValueError, match=r"'2' takes 0.\d MiB.*more than reft_memory_mib=1"):
             add_adapter(engine, "2", str(tmp_path / "2"))
+        remove_adapter(engine, "0")
+        add_adapter(engine, "2", str(tmp_path / "2"))
+        expected = r"'2': loreft on 'f1\+l1\+c1' at 4 places of this worker, 0.4 MiB \(3 adapters, 0.8 of 1 MiB\)"
+        assert re.search(expected, log[-1])

@@ -18,7 +18,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.integrations.vllm.adapters import Adapter
 from peft_reft.integrations.vllm.requests import Registry
 from peft_reft.integrations.vllm.runtime import add_adapter_async, remove_adapter_async
-from peft_reft.integrations.vllm.settings import REQUEST
+from peft_reft.integrations.vllm.settings import NO_BEAMS, REQUEST
 
 # The adapters that a server's requests can name; a process has one server.
 _served: Registry | None = None
@@ -53,10 +53,7 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
 
 def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if (asked := _asked(self)) is not None:
-        raise VLLMValidationError(
-            f"{REQUEST}={asked!r}: vLLM's beam search hands no adapter on. Leave use_beam_search out.",
-            parameter=REQUEST,
-        )
+        raise VLLMValidationError(NO_BEAMS.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
     return original(self, *args, **kwargs)
 
 

@@ -80,7 +80,8 @@ def _execute_model(original: Any, self: Any, scheduler_output: Any) -> Any:
         return original(self, scheduler_output)
 
 
-def _reft_fingerprints(self: Any) -> list[str]:
+def _reft_try_out(self: Any) -> list[str]:
+    self.reft.try_out(self.execute_dummy_batch)
     return sorted(self.reft.adapters)
 
 
@@ -98,7 +99,7 @@ def add_methods() -> None:
 
     # What engines keep that were started before this.
     Worker.reft = None
-    Worker.reft_fingerprints, Worker.reft_add, Worker.reft_retire = _reft_fingerprints, _reft_add, _reft_retire
+    Worker.reft_try_out, Worker.reft_add, Worker.reft_retire = _reft_try_out, _reft_add, _reft_retire
 
 
 WRAPPERS = {

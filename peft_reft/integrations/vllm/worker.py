@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,7 +86,10 @@ class WorkerState:
         self.adapters: dict[str, int] = {}
         # fingerprint -> unfinished requests that still need an adapter that was taken away
         self.retired: dict[str, set[str]] = {}
-        self._seen: set[str] = set()
+        # Until the model was tried out: adapters; while it is: the places that it has called; from then on: the others.
+        self._untried: list[tuple[str, Adapter]] = []
+        self._called: set[str] | None = None
+        self._never_called: set[str] | None = None
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Keep an adapter from now on.
@@ -99,6 +102,10 @@ class WorkerState:
             return
         check(name, adapter, self.hidden_size, self.layers)
         self._check_targets(name, adapter)
+        if self._never_called is None:
+            self._untried.append((name, adapter))
+        else:
+            self._check_called(name, adapter)
         made = list(self._made(adapter))
         size = sum(factor.nbytes for _, _, factors in made for factor in factors.values())
         total = size + sum(self.adapters.values())
@@ -190,24 +197,37 @@ class WorkerState:
         outer, _running = _running, self
         try:
             yield
-            self._check_all_seen()
         finally:
             _running, self.plan = outer, None
 
-    def _check_all_seen(self) -> None:
-        """A model may use a module's weight without calling the module: then nothing was edited there."""
-        if self.plan is None or not self.plan.rows or len(self._seen) == len(self.sites):
-            return
-        missed = [name for name, site in self.sites.items() if site.entries and name not in self._seen]
+    def try_out(self, dummy_pass: Callable[[], Any]) -> None:
+        """See what the model calls: it may use a module's weight without calling the module, which edits nothing then.
+
+        Raises:
+            ValueError: an adapter edits what is not called.
+        """
+        self._called = called = set()
+        with self.running():
+            dummy_pass()
+        self._never_called = self.sites.keys() - called
+        self._called = None
+        for name, adapter in self._untried:
+            self._check_called(name, adapter)
+        self._untried.clear()
+
+    def _check_called(self, name: str, adapter: Adapter) -> None:
+        missed = [place for place in adapter.places if str(place) in self._never_called]
         if missed:
-            raise RuntimeError(
-                f"vLLM's model did not call what ReFT adapters edit ({missed[0]} and {len(missed) - 1} others), so "
-                "their answers would be wrong. This model cannot be served with these adapters."
+            raise ValueError(
+                f"The adapter {name!r} edits the {missed[0].side} of {missed[0].module or 'layers'!r}, which vLLM's "
+                f"model does not call ({missed[0]} and {len(missed) - 1} others): it fuses it with what comes before "
+                "or behind, and nothing would be edited. Edit the layers' output (block_output) instead."
             )
 
     def edit(self, hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
         site = self.sites[name]
-        self._seen.add(name)
+        if self._called is not None:
+            self._called.add(name)
         if self.plan is not None and self.plan.rows and site.entries:
             batches, whole = self.plan.at(site.layout)
             edit_rows(hidden, residual, [(site.tables[kind], batch) for kind, batch in batches], whole)
