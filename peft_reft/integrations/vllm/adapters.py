@@ -209,7 +209,7 @@ class Adapter:
         try:
             intervention.load_state_dict(parameters, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"Broken parameters of the edit at {place}: {error}") from error
+            raise ValueError(str(error)) from error
         return intervention.eval().requires_grad_(False)
 
 
@@ -238,7 +238,10 @@ def check(name: str, adapter: Adapter, hidden_size: int, layers: int) -> None:
             )
         if not {"projection", "scale"} & parameters.keys():
             raise ValueError(f"The adapter {name!r} is broken: parameters are missing at {place}.")
-        intervention = adapter.intervention_at(place)
+        try:
+            intervention = adapter.intervention_at(place)
+        except ValueError as error:
+            raise ValueError(f"The adapter {name!r} is broken at {place}: {error}") from error
         width = next(iter(intervention.parameters())).shape[-1]
         if width != hidden_size:
             raise ValueError(
