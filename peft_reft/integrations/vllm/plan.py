@@ -99,13 +99,15 @@ class Plan:
         filled = np.empty((len(rows), size), dtype=np.int64)
         for line, own in zip(filled, rows, strict=True):
             line[: len(own)], line[len(own) :] = own, own[0]
-        kept = gain = None
+        kept = gain = order = None
         if min(sizes) < size:
             kept = self._tensor(np.flatnonzero(np.arange(size) < np.array(sizes)[:, None]))
         if any(strength != 1 for strength in strengths):
             gain = self._tensor(np.array(strengths, dtype=np.float32))[:, None, None]
         places = self._tensor(filled.ravel()) if kept is not None else self._index(filled.ravel())
-        return Batch(self._index(np.array(members)), places, size, gain, kept)
+        if kept is None and filled.size == self.tokens:
+            order = self._tensor(np.argsort(filled.ravel()))
+        return Batch(self._index(np.array(members)), places, size, gain, kept, order)
 
     def _index(self, numbers: np.ndarray) -> slice | torch.Tensor:
         """A slice where the numbers follow each other: what they select need not be copied then."""
