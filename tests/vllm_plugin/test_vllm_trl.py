@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: bash tests/run.sh vllm makes an environment with it")
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from serving import SMALL
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import RLOOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from vllm_server import Server
+from vllm_trl import ENGINE, off_policy, trainer
 
 from peft_reft import ReftConfig
 from peft_reft.integrations.trl import vllm_rollouts
 
-# What TRL has no option for.
-ENGINE = {name: SMALL[name] for name in ("dtype", "kv_cache_memory_bytes", "block_size")}
 PROMPTS = [tuple(range(7, 17)), (20, 21, 22)]
-
-
-def trainer(folder, model, kind=GRPOTrainer, config=None, **options):
-    settings = {
-        "output_dir": str(folder),
-        "use_vllm": True,
-        "vllm_mode": "colocate",
-        "vllm_max_model_length": 64,
-        "bf16": False,
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 0.1,
-        "report_to": [],
-    }
-    return kind(
-        model=str(model),
-        args={GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[kind](**settings | options),
-        train_dataset=Dataset.from_dict({"prompt": ["w7 w8 w9 w10", "w11"] * 4}),
-        reward_funcs=lambda completions, **others: [float(len(set(text.split()))) for text in completions],
-        peft_config=config or ReftConfig(r=2, positions="f2+c3", init_weights=False, share_weights=False),
-    )
-
-
-def off_policy(trainer) -> list[float]:
-    """How far the log-probabilities of the completions in vLLM are from the trained model's, by step; TRL's own log."""
-    name = "sampling/sampling_logp_difference/max"
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def sampled(trainer) -> list[list[int]]:
@@ -145,6 +116,20 @@ class TestColocated:
         made.vllm_generation.sync_weights()
         assert sampled(made) == expected(made)
         made.vllm_generation.llm.llm_engine.engine_core.shutdown()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+    def test_two_processes(self, model, tmp_path, tensor_parallel_size):
+        script = Path(__file__).parents[1] / "vllm_trl.py"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        arguments = [script, model, tmp_path, str(tensor_parallel_size)]
+        subprocess.run([*launch, *arguments], env=environment, check=True, timeout=400)
+        for rank in range(2):
+            told = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert told["processes"] == 2
+            assert len(told["off_policy"]) == 3
+            assert max(told["off_policy"]) < 2e-5
 
 
 class TestServer:
