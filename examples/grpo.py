@@ -3,9 +3,9 @@
     python examples/grpo.py                                  # the bundled model and prompts, offline
     python examples/grpo.py --max_steps 30 --beta 0.02       # GRPOConfig's and ReFT's flags
     python examples/grpo.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/tldr
+    python examples/grpo.py --use_vllm                       # vLLM generates, with the adapter as it is at each step
 
-The model generates its own completions; an edit lands on the same tokens then and in training. `--use_vllm` needs an
-adapter that can be merged. All flags: --help.
+The model generates its own completions; an edit lands on the same tokens then and in training. All flags: --help.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from common import (
     train_and_save,
 )
 from trl import GRPOConfig, GRPOTrainer, ScriptArguments, get_quantization_config
+
+from peft_reft.integrations.trl import vllm_rollouts
 
 NEWS = {
     "train": [
@@ -98,14 +100,15 @@ def main() -> None:
     rows = {split: [{"prompt": [{"role": "user", "content": news}]} for news in NEWS[split]] for split in NEWS}
     train, test = load_data(script_args, rows["train"], rows["test"])
 
-    trainer = GRPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        reward_funcs=excitement,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=reft_config(model_args),
-    )
+    with vllm_rollouts():  # for --use_vllm
+        trainer = GRPOTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train,
+            reward_funcs=excitement,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=reft_config(model_args),
+        )
     train_and_save(trainer, script_args)
 
     prompts = [row["prompt"] for row in (train if test is None else test).take(6)]
