@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ pytest.importorskip("vllm", reason="needs vLLM: bash tests/run.sh vllm makes an 
 from serving import ADAPTERS, SMALL, Answer, HuggingFace, Request, answer_of, answers, check, mixed, prompts, sampling
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class TestEngines:
@@ -57,7 +59,7 @@ class TestEngines:
         core = start(num_gpu_blocks_override=40, max_num_batched_tokens=128, max_num_seqs=16).llm_engine
         chance = random.Random(count)
         waiting = [Request(ids, chance.choice([*ADAPTERS, None])) for ids in prompts(count, count)]
-        running, kept, aborted = {}, [], 0
+        running, kept, aborted, memory = {}, [], 0, None
         while waiting or core.has_unfinished_requests():
             for _ in range(min(chance.randrange(4), len(waiting))):
                 number, request = str(len(waiting)), waiting.pop()
@@ -73,6 +75,9 @@ class TestEngines:
                 core.abort_request([victim])
                 del running[victim]
                 aborted += 1
+            if memory is None and len(waiting) < count // 2:
+                memory = psutil.Process().memory_info().rss
+        assert psutil.Process().memory_info().rss - memory < 32 << 20
         assert aborted > count // 50
         assert len(kept) + aborted == count
         check(truth, *zip(*kept, strict=True))
@@ -124,6 +129,13 @@ class TestEngines:
         with pytest.raises(VLLMValidationError, match="no ReFT adapter 'red'"):
             answers(engine, mixed(7))
         check(truth, requests, answers(engine, requests))
+        # A process that dies takes nothing along but its engine.
+        (process,) = engine.llm_engine.engine_core.resources.engine_manager.processes
+        process.kill()
+        with pytest.raises(EngineDeadError):
+            answers(engine, requests)
+        with pytest.raises(EngineDeadError):
+            add_adapter(engine, "red", str(folders["red"]))
 
     def run(self, tmp_path, model, folders, rounds, tokens=12, second=False, **options):
         """The answers of an engine in a process of its own."""

@@ -97,3 +97,19 @@ class TestServer:
         assert server.post("/v1/unload_lora_adapter", lora_name="late")[0] == 200
         assert server.post("/v1/completions", model="late", prompt=[7, 8])[0] == 404
         assert server.post("/v1/unload_lora_adapter", lora_name="late")[0] in (400, 404)
+
+    def test_an_adapter_is_replaced_while_it_answers(self, server, truth, folders):
+        """Each answer is made with the weights of one of the two, from its first token to its last."""
+        both = ("red", "counted")
+        load = {"lora_name": "changing", "load_inplace": True}
+        assert server.post("/v1/load_lora_adapter", lora_path=str(folders["red"]), **load)[0] == 200
+        asked = prompts(24, 11)
+        with ThreadPoolExecutor(4) as pool:
+            coming = [pool.submit(self.complete, server, ids, model="changing", max_tokens=16) for ids in asked]
+            for turn in range(6):
+                status, answer = server.post("/v1/load_lora_adapter", lora_path=str(folders[both[turn % 2]]), **load)
+                assert status == 200, answer
+            given = [one.result() for one in coming]
+        for ids, answer in zip(asked, given, strict=True):
+            assert min(truth.differences(Request(ids, name), answer).largest for name in both) < 1e-4
+        assert server.post("/v1/unload_lora_adapter", lora_name="changing")[0] == 200
