@@ -39,7 +39,11 @@ def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
     """Have trainers that are made in this block generate with the adapter as it is; mutates TRL's class until its end.
 
     Works with the trainers of TRL that generate with `VLLMGeneration` (GRPO, RLOO), in both values of `vllm_mode`.
-    Models without a ReFT adapter are handled as ever. The base model's weights are never sent: nothing trains them.
+    Models without a ReFT adapter are handled as ever.
+
+    **The base model's weights are not sent**: nothing trains them, and vLLM has loaded them from `model.name_or_path`. Save
+    a model that was changed in memory, by a merged LoRA say, and load it from there. TRL logs how far the completions'
+    log-probabilities are from the trained model's, as `sampling/sampling_logp_difference`.
 
     With `vllm_mode="colocate"` the engine is started in eager mode. With `vllm_mode="server"` start the server with
     `--additional-config '{"reft_adapters": {}}'`, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, and, as
@@ -122,7 +126,7 @@ class AdapterGeneration(VLLMGeneration):
             url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
             # Without its communicator for weights, which needs a GPU.
             self.vllm_client = VLLMClient(base_url=url, connection_timeout=self.server_timeout)
-            atexit.register(self._leave_server)
+            atexit.register(_leave_server, self.vllm_client.base_url, self.served_name)
         self.accelerator.wait_for_everyone()
 
     def sync_weights(self) -> None:
@@ -165,7 +169,9 @@ class AdapterGeneration(VLLMGeneration):
                 f"{answer.text[:500]}). {_SERVER}"
             )
 
-    def _leave_server(self) -> None:
-        url = f"{self.vllm_client.base_url}/v1/unload_lora_adapter"
-        with suppress(OSError):  # the server may have stopped before
-            self.vllm_client.session.post(url, json={"lora_name": self.served_name}, timeout=5)
+
+def _leave_server(address: str, name: str) -> None:
+    import requests
+
+    with suppress(OSError):  # the server may have stopped before
+        requests.post(f"{address}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=5)

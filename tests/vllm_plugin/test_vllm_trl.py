@@ -21,7 +21,7 @@ from vllm_server import Server
 from vllm_trl import ENGINE, off_policy, trainer
 
 from peft_reft import ReftConfig
-from peft_reft.integrations.trl import vllm_rollouts
+from peft_reft.integrations.trl import _leave_server, vllm_rollouts
 
 PROMPTS = [tuple(range(7, 17)), (20, 21, 22)]
 
@@ -155,7 +155,7 @@ class TestServer:
         made.vllm_generation.sync_weights()
         assert sampled(made) == expected(made)
         assert self.adapters(server) == {made.vllm_generation.served_name: "in memory"}
-        made.vllm_generation._leave_server()
+        _leave_server(made.vllm_generation.vllm_client.base_url, made.vllm_generation.served_name)
         assert self.adapters(server) == {}
 
     def adapters(self, server):
