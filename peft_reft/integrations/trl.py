@@ -41,9 +41,9 @@ def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
     Works with the trainers of TRL that generate with `VLLMGeneration` (GRPO, RLOO), in both values of `vllm_mode`.
     Models without a ReFT adapter are handled as ever.
 
-    **The base model's weights are not sent**: nothing trains them, and vLLM has loaded them from `model.name_or_path`. Save
-    a model that was changed in memory, by a merged LoRA say, and load it from there. TRL logs how far the completions'
-    log-probabilities are from the trained model's, as `sampling/sampling_logp_difference`.
+    **The base model's weights are not sent**: nothing trains them, and vLLM has loaded them from `model.name_or_path`.
+    Save a model that was changed in memory, by a merged LoRA say, and load it from there. TRL logs how far the
+    completions' log-probabilities are from the trained model's, as `sampling/sampling_logp_difference`.
 
     With `vllm_mode="colocate"` the engine is started in eager mode. With `vllm_mode="server"` start the server with
     `--additional-config '{"reft_adapters": {}}'`, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, and, as
