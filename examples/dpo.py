@@ -12,17 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from common import (
-    ModelArguments,
-    answers_before_and_after,
-    load_data,
-    model_init_kwargs,
-    parse,
-    print_before_after,
-    reft_config,
-    train_and_save,
-)
-from trl import DPOConfig, DPOTrainer, ScriptArguments, get_quantization_config
+import torch
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from peft_reft.arguments import ReftArguments
 
 ADVICE = {
     "train": [
@@ -73,41 +70,67 @@ def preferences(split: str) -> Iterator[dict]:
 
 
 def main() -> None:
-    script_args, training_args, model_args = parse(
-        ScriptArguments,
-        DPOConfig,
-        ModelArguments,
-        output_dir="outputs/dpo",
-        loss_type=["sigmoid", "sft"],  # DPO alone makes rejected answers less likely, but chosen ones hardly more
-        loss_weights=[1.0, 1.0],
-        learning_rate=1.5e-3,
-        num_train_epochs=2.0,
-        per_device_train_batch_size=4,
-        logging_steps=2,
-        gradient_checkpointing=False,
-    )
-    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
-    train, test = load_data(script_args, preferences("train"), preferences("test"))
+    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, ReftArguments))
+    # On a CPU TRL's default, bfloat16, raises.
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available(), gradient_checkpointing=False, report_to=["none"])
+    parser.set_defaults(output_dir="outputs/dpo", reft_r=4)
+    # DPO alone makes rejected answers less likely, but chosen ones hardly more.
+    parser.set_defaults(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0])
+    parser.set_defaults(learning_rate=1.5e-3, num_train_epochs=2.0, per_device_train_batch_size=4, logging_steps=2)
+    script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
+    name = model_args.model_name_or_path or default_model()
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if script_args.dataset_name is None:
+        train, test = (Dataset.from_list(list(preferences(split))) for split in ("train", "test"))
+    else:
+        data = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        train, test = data[script_args.dataset_train_split], data.get(script_args.dataset_test_split)
+    shown = train if test is None else test
 
-    trainer = DPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=reft_config(model_args),
-    )
-    train_and_save(trainer, script_args)
+    try:
+        trainer = DPOTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=test,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=reft_args.config(task_type="CAUSAL_LM"),
+        )
+    except OSError as error:
+        raise SystemExit(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    print(f"The adapter is in {training_args.output_dir}.")
 
-    prompts = [row["prompt"] for row in (train if test is None else test).take(4)]
-    prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    answers = answers_before_and_after(trainer.model, trainer.processing_class, prompts)
-    for messages, pair in zip(prompts, answers, strict=True):
-        print_before_after(messages[-1]["content"], *pair)
+    for row in shown.take(4):
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        with trainer.model.disable_adapter():
+            before = answer(trainer.model, trainer.processing_class, messages)
+        after = answer(trainer.model, trainer.processing_class, messages)
+        print(f"\n> {messages[-1]['content']}\n  base model:   {before}\n  with adapter: {after}")
     if test is not None:
         scores = trainer.evaluate()
         margin, accuracy = scores["eval_rewards/margins"], scores["eval_rewards/accuracies"]
         print(f"\nHeld-out pairs: reward margin {margin:.2f} (base model 0.00), positive in {accuracy:.0%}")
+
+
+@torch.no_grad()
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The model's greedy answer to a conversation."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.eval().generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def default_model() -> str:
+    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    try:
+        from smollm2 import smollm2_folder
+    except ImportError:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return str(smollm2_folder())
 
 
 if __name__ == "__main__":

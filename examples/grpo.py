@@ -11,18 +11,13 @@ The model generates its own completions; an edit lands on the same tokens then a
 from __future__ import annotations
 
 import torch
-from common import (
-    ModelArguments,
-    answers_before_and_after,
-    load_data,
-    model_init_kwargs,
-    parse,
-    print_before_after,
-    reft_config,
-    train_and_save,
-)
-from trl import GRPOConfig, GRPOTrainer, ScriptArguments, get_quantization_config
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
+from peft_reft.arguments import ReftArguments
 from peft_reft.integrations.trl import vllm_rollouts
 
 NEWS = {
@@ -82,45 +77,71 @@ def mean_reward(trainer: GRPOTrainer, prompts: list[list[dict]], samples: int = 
 
 
 def main() -> None:
-    script_args, training_args, model_args = parse(
-        ScriptArguments,
-        GRPOConfig,
-        ModelArguments,
-        output_dir="outputs/grpo",
-        learning_rate=1.5e-3,
-        beta=0.05,  # stay close to the base model's language
-        max_steps=10,
-        num_generations=8,
-        per_device_train_batch_size=16,
-        max_completion_length=20,
-        logging_steps=2,
-        gradient_checkpointing=False,
-    )
-    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
-    rows = {split: [{"prompt": [{"role": "user", "content": news}]} for news in NEWS[split]] for split in NEWS}
-    train, test = load_data(script_args, rows["train"], rows["test"])
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, ReftArguments))
+    # On a CPU TRL's default, bfloat16, raises.
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available(), gradient_checkpointing=False, report_to=["none"])
+    parser.set_defaults(output_dir="outputs/grpo", reft_r=4)
+    # With beta the model stays close to the base model's language.
+    parser.set_defaults(beta=0.05, learning_rate=1.5e-3, max_steps=10, logging_steps=2)
+    parser.set_defaults(num_generations=8, per_device_train_batch_size=16, max_completion_length=20)
+    script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
+    name = model_args.model_name_or_path or default_model()
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if script_args.dataset_name is None:
+        rows = {split: [{"prompt": [{"role": "user", "content": news}]} for news in NEWS[split]] for split in NEWS}
+        train, test = (Dataset.from_list(rows[split]) for split in ("train", "test"))
+    else:
+        data = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        train, test = data[script_args.dataset_train_split], data.get(script_args.dataset_test_split)
+    shown = train if test is None else test
 
-    with vllm_rollouts():  # for --use_vllm
-        trainer = GRPOTrainer(
-            model=model_args.model_name_or_path,
-            args=training_args,
-            train_dataset=train,
-            reward_funcs=excitement,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=reft_config(model_args),
-        )
-    train_and_save(trainer, script_args)
+    try:
+        with vllm_rollouts():  # for --use_vllm
+            trainer = GRPOTrainer(
+                model=name,
+                args=training_args,
+                train_dataset=train,
+                reward_funcs=excitement,
+                quantization_config=get_quantization_config(model_args),
+                peft_config=reft_args.config(task_type="CAUSAL_LM"),
+            )
+    except OSError as error:
+        raise SystemExit(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    print(f"The adapter is in {training_args.output_dir}.")
 
-    prompts = [row["prompt"] for row in (train if test is None else test).take(6)]
+    for row in shown.take(3):
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        with trainer.model.disable_adapter():
+            before = answer(trainer.model, trainer.processing_class, messages)
+        after = answer(trainer.model, trainer.processing_class, messages)
+        print(f"\n> {messages[-1]['content']}\n  base model:   {before}\n  with adapter: {after}")
+    prompts = [row["prompt"] for row in shown.take(6)]
     prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    answers = answers_before_and_after(trainer.model, trainer.processing_class, prompts[:3])
-    for messages, pair in zip(prompts, answers, strict=False):
-        print_before_after(messages[-1]["content"], *pair)
     with trainer.model.disable_adapter():
-        before = mean_reward(trainer, prompts)
-    print(
-        f"\nMean reward on held-out prompts: base model {before:.2f}, with adapter {mean_reward(trainer, prompts):.2f}"
-    )
+        rewards = [mean_reward(trainer, prompts)]
+    rewards.append(mean_reward(trainer, prompts))
+    print(f"\nMean reward on held-out prompts: base model {rewards[0]:.2f}, with adapter {rewards[1]:.2f}")
+
+
+@torch.no_grad()
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The model's greedy answer to a conversation."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.eval().generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def default_model() -> str:
+    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    try:
+        from smollm2 import smollm2_folder
+    except ImportError:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return str(smollm2_folder())
 
 
 if __name__ == "__main__":

@@ -159,7 +159,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and Transformers' words about each other
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except OSError as error:
+        raise SystemExit(f"--model {options.model}: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
         raise SystemExit(f"{options.model} has no chat template. Choose a model that was tuned to chat.")
 

@@ -14,8 +14,11 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from common import ModelArguments, load_data, model_init_kwargs, parse, reft_config, train_and_save
-from trl import RewardConfig, RewardTrainer, ScriptArguments, get_quantization_config
+from datasets import Dataset, load_dataset
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlParser, get_quantization_config
+
+from peft_reft.arguments import ReftArguments
 
 TOPICS = {
     "train": ["my printer", "the invoice", "my password", "the new update", "my order", "the heating", "this form"],
@@ -65,33 +68,39 @@ def score(trainer: RewardTrainer, row: dict) -> tuple[float, float]:
 
 
 def main() -> None:
-    script_args, training_args, model_args = parse(
-        ScriptArguments,
-        RewardConfig,
-        ModelArguments,
-        output_dir="outputs/reward",
-        reft_task_type="SEQ_CLS",
-        reft_modules_to_save=["score"],
-        learning_rate=1e-3,
-        num_train_epochs=1.0,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        gradient_checkpointing=False,
-    )
-    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
-    train, test = load_data(script_args, preferences("train"), preferences("test"))
+    parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig, ReftArguments))
+    # On a CPU TRL's default, bfloat16, raises.
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available(), gradient_checkpointing=False, report_to=["none"])
+    parser.set_defaults(output_dir="outputs/reward", reft_r=4)
+    parser.set_defaults(reft_modules_to_save=["score"], learning_rate=1e-3, num_train_epochs=1.0)
+    parser.set_defaults(per_device_train_batch_size=4, logging_steps=1)
+    script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
+    name = model_args.model_name_or_path or default_model()
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if script_args.dataset_name is None:
+        train, test = (Dataset.from_list(list(preferences(split))) for split in ("train", "test"))
+    else:
+        data = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        train, test = data[script_args.dataset_train_split], data.get(script_args.dataset_test_split)
+    shown = train if test is None else test
 
-    trainer = RewardTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=reft_config(model_args),
-    )
-    rows = list((train if test is None else test).take(2))
+    try:
+        trainer = RewardTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=test,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=reft_args.config(task_type="SEQ_CLS"),
+        )
+    except OSError as error:
+        raise SystemExit(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    rows = list(shown.take(2))
     before, scores = [score(trainer, row) for row in rows], trainer.evaluate() if test is not None else {}
-    train_and_save(trainer, script_args)
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    print(f"The adapter is in {training_args.output_dir}.")
 
     print("\nReward before -> after")
     for row, old in zip(rows, before, strict=True):
@@ -105,6 +114,15 @@ def main() -> None:
             f"\nHeld-out pairs in which the chosen answer scores higher: {scores['eval_accuracy']:.0%} before, "
             f"{now['eval_accuracy']:.0%} after"
         )
+
+
+def default_model() -> str:
+    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    try:
+        from smollm2 import smollm2_folder
+    except ImportError:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return str(smollm2_folder())
 
 
 if __name__ == "__main__":

@@ -16,18 +16,14 @@ import json
 import random
 from collections.abc import Iterator
 
-from common import (
-    ModelArguments,
-    answers_before_and_after,
-    load_data,
-    model_init_kwargs,
-    parse,
-    print_before_after,
-    reft_config,
-    train_and_save,
-)
-from datasets import Dataset
-from trl import ScriptArguments, SFTConfig, SFTTrainer, get_quantization_config
+import torch
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
+
+from peft_reft.arguments import ReftArguments
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 ITEMS = {
@@ -68,42 +64,59 @@ def orders(split: str, number: int, seed: int = 0) -> Iterator[dict]:
 
 
 def main() -> None:
-    script_args, training_args, model_args = parse(
-        ScriptArguments,
-        SFTConfig,
-        ModelArguments,
-        output_dir="outputs/sft",
-        learning_rate=4e-3,
-        num_train_epochs=2.0,
-        per_device_train_batch_size=4,
-        gradient_checkpointing=False,
-    )
-    training_args.model_init_kwargs = model_init_kwargs(model_args) | (training_args.model_init_kwargs or {})
-    train, test = load_data(script_args, orders("train", 48), orders("test", 8))
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, ReftArguments))
+    # On a CPU TRL's default, bfloat16, raises.
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available(), gradient_checkpointing=False, report_to=["none"])
+    parser.set_defaults(output_dir="outputs/sft", reft_r=4)
+    parser.set_defaults(learning_rate=4e-3, num_train_epochs=2.0, per_device_train_batch_size=4)
+    script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
+    name = model_args.model_name_or_path or default_model()
+    training_args.model_init_kwargs = {"dtype": model_args.dtype, "revision": model_args.model_revision}
+    if script_args.dataset_name is None:
+        train, test = (Dataset.from_list(list(orders(split, n))) for split, n in (("train", 48), ("test", 8)))
+    else:
+        data = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        train, test = data[script_args.dataset_train_split], data.get(script_args.dataset_test_split)
+    shown = train if test is None else test
 
-    trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test if training_args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=reft_config(model_args),
-    )
-    train_and_save(trainer, script_args)
-    show(trainer, train if test is None else test)
+    try:
+        trainer = SFTTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=test if training_args.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=reft_args.config(task_type="CAUSAL_LM"),
+        )
+    except OSError as error:
+        raise SystemExit(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    print(f"The adapter is in {training_args.output_dir}.")
+    show(trainer, shown)
 
 
 def show(trainer: SFTTrainer, rows: Dataset) -> None:
     """Ask the base model and the adapted one a few questions of the data, and compare with the answers there."""
+    model, tokenizer, right = trainer.model, trainer.processing_class, [0, 0]
     conversations = [conversation(row) for row in rows.take(8)]
-    prompts = [messages for messages, _ in conversations]
-    answers = answers_before_and_after(trainer.model, trainer.processing_class, prompts)
-    right = [0, 0]
-    for (_, expected), pair in zip(conversations, answers, strict=True):
-        right = [count + (answer == expected) for count, answer in zip(right, pair, strict=True)]
-    for messages, pair in zip(prompts[:4], answers, strict=False):
-        print_before_after(messages[-1]["content"], *pair)
-    print(f"\nExactly the answer of the data: base model {right[0]}, with adapter {right[1]} of {len(answers)}")
+    for messages, expected in conversations:
+        with model.disable_adapter():
+            answers = [answer(model, tokenizer, messages)]
+        answers.append(answer(model, tokenizer, messages))
+        right = [count + (text == expected) for count, text in zip(right, answers, strict=True)]
+        print(f"\n> {messages[-1]['content']}\n  base model:   {answers[0]}\n  with adapter: {answers[1]}")
+    counts = f"base model {right[0]}, with adapter {right[1]} of {len(conversations)}"
+    print(f"\nExactly the answer of the data: {counts}")
+
+
+@torch.no_grad()
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The model's greedy answer to a conversation."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.eval().generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def conversation(row: dict) -> tuple[list[dict], str]:
@@ -114,6 +127,15 @@ def conversation(row: dict) -> tuple[list[dict], str]:
     if isinstance(row["prompt"], str):
         return [{"role": "user", "content": row["prompt"]}], row["completion"]
     return row["prompt"], row["completion"][0]["content"]
+
+
+def default_model() -> str:
+    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    try:
+        from smollm2 import smollm2_folder
+    except ImportError:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return str(smollm2_folder())
 
 
 if __name__ == "__main__":

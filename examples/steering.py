@@ -82,7 +82,7 @@ def steer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directions:
     model.set_directions("default", directions)
     print("\nstrength   pleased - displeased (nats a text)   what the model writes")
     for strength in (-2, -1, 0, 1, 2):
-        with model.strength("default", strength):
+        with model.rescaled("default", strength):
             print(f"{strength:+8d}   {margin(model, tokenizer):+33.2f}   {write_on(model, tokenizer, STARTS[0])}")
             print(" " * 47 + write_on(model, tokenizer, STARTS[1]))
     norms = edit_norms(model, tokenizer(STARTS[0], return_tensors="pt").to(model.device)).values
@@ -131,7 +131,7 @@ def finetune(
         print(f"  it writes: {write_on(model, tokenizer, start)}")
     cosines = {}
     for layer, direction in directions.items():
-        learned = model.subspace("default", layer).cpu()
+        learned = model.projection("default", layer).cpu()
         cosines[layer] = torch.cosine_similarity(learned, direction, dim=-1).abs().item()
     print("  cosine of the learned subspace with the direction it started from, by layer:")
     print("    " + ", ".join(f"{layer}: {cosine:.3f}" for layer, cosine in cosines.items()))
@@ -155,8 +155,11 @@ def main() -> None:
     torch.manual_seed(0)
 
     name = arguments.model or smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except OSError as error:
+        raise SystemExit(f"--model {name}: {str(error).splitlines()[0]}") from error
     base.to("cuda" if torch.cuda.is_available() else "cpu")
     found = directions_from_pairs(base, tokenizer, texts(THINGS, PLEASED), texts(THINGS, DISPLEASED), arguments.layers)
     directions = {layer: arguments.scale * direction for layer, direction in found.items()}

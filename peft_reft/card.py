@@ -14,8 +14,9 @@ NAME = "README.md"
 _HEADING = "## How to load this ReFT adapter"
 _TEXT = """{heading}
 
-The adapter was trained with `peft_reft` (`pip install peft-reft`), which adds ReFT to PEFT when it is imported. Without
-the import PEFT fails with `KeyError: 'REFT'`.
+The adapter was trained with `peft_reft` (`pip install peft-reft`, or `pip install .` in a checkout), which adds ReFT to
+PEFT when it is imported. Without the import PEFT fails with `KeyError: 'REFT'`. Programs that load adapters themselves
+are run with it by `python -m peft_reft.run PROGRAM ARGUMENTS...`
 
 ```python
 import peft_reft  # registers ReFT with PEFT
@@ -54,7 +55,9 @@ def with_loading_text(folder: Path, config: PeftConfig) -> ModelCard | None:
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "reft", "peft_reft"})
     if _HEADING not in card.text:
         text = _TEXT.format(heading=_HEADING, loader=_LOADERS.get(config.task_type, "AutoPeftModel"))
-        card.text = f"{card.text.rstrip()}\n\n{text}"
+        # Above PEFT's template, which is 200 lines to be filled in.
+        title, heading, rest = card.text.partition("\n## ")
+        card.text = f"{title.rstrip()}\n\n{text}{heading}{rest}".rstrip() + "\n"
     return card
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from peft_reft.interventions import INTERVENTIONS
 from peft_reft.registration import ensure_peft_type
 from peft_reft.tokens import positions as pos
 
+# Set by PEFT in every config.
+_OF_PEFT = ("peft_type", "peft_version")
 _COLLECTIONS = (
     "layers_to_transform",
     "layers_pattern",
@@ -29,7 +31,7 @@ _COLLECTIONS = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class ReftConfig(PeftConfig):
     """
     Configuration of a [`ReftModel`]: representation finetuning (Wu et al. 2024, https://arxiv.org/abs/2404.03592).
@@ -67,10 +69,16 @@ class ReftConfig(PeftConfig):
         trainable_token_indices (`Union[List[int], Dict[str, List[int]]]`):
             Tokens whose embedding is trained and saved with the adapter, such as new ones; a dictionary names the
             embedding. TRL sets it when a chat template brings tokens.
+        ensure_weight_tying (`bool`):
+            Whether `modules_to_save` and `trainable_token_indices` stay tied where the model ties weights, such as the
+            embedding and the output layer.
         dropout (`float`):
             Dropout on the edited representations, in training.
         act_fn (`str`):
             Activation on `W h + b`, a name that Transformers knows; none by default.
+        use_bias (`bool`):
+            Whether the method has a `b`. Without one, an affine adapter of all tokens merges into models whose layers
+            have no bias (Llama, Mistral, Qwen), and what it merges into can be saved.
         subspaces (`Dict[str, int]`):
             Splits the `r` dimensions into named groups, for instance `{"style": 4, "task": 4}`, which can be edited
             (and trained) separately, in alphabetical order: see `set_subspaces` of [`ReftModel`] and the argument
@@ -127,10 +135,16 @@ class ReftConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embedding is trained and saved with the adapter."}
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Whether modules_to_save and trainable_token_indices stay tied if the model ties weights."},
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited representations, in training."})
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation on W h + b, a name from Transformers' ACT2FN."}
     )
+    # Not `bias`, which PEFT reads in every config: as one of "none", "all" and "lora_only".
+    use_bias: bool = field(default=True, metadata={"help": "Whether the method has a b; without, it merges into more."})
     subspaces: dict[str, int] | None = field(
         default=None, metadata={"help": "Splits the r dimensions into named groups, e.g. {'style': 4, 'task': 4}."}
     )
@@ -154,6 +168,13 @@ class ReftConfig(PeftConfig):
         self._check_numbers()
         self._check_choices()
         self._check_contradictions()
+
+    def __repr__(self) -> str:
+        """What makes it, without the options that are as by default."""
+        always = ("intervention", "r", "positions")
+        told = (f for f in fields(self) if f.name not in _OF_PEFT and (f.name in always or not _is_default(self, f)))
+        told = sorted(told, key=lambda f: always.index(f.name) if f.name in always else len(always))
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
 
     @property
     def parsed_positions(self) -> pos.Positions:
@@ -216,9 +237,11 @@ class ReftConfig(PeftConfig):
             if component not in COMPONENTS:
                 raise ValueError(f"Unknown component {component!r}; allowed are {list(COMPONENTS)}.")
         self._check_act_fn()
+        if INTERVENTIONS[self.intervention].needs_bias and not self.use_bias:
+            raise ValueError(f"use_bias={self.use_bias!r}: {self.intervention!r} learns nothing but a b; leave it out.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
-        for name in ("share_weights", "freeze_subspace"):
+        for name in ("share_weights", "freeze_subspace", "use_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_subspaces()
@@ -290,6 +313,10 @@ class ReftConfig(PeftConfig):
                 loading.save(Path(beside, card.NAME))
             for path in sorted(Path(beside).iterdir()):
                 path.replace(folder / path.name)
+
+
+def _is_default(config: ReftConfig, option: Field) -> bool:
+    return option.default is not MISSING and getattr(config, option.name) == option.default
 
 
 def _as_list(value: Any) -> Any:

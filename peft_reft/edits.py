@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,6 +58,25 @@ class AdapterSettings:
         for name in names:
             mask[list(self.subspaces.get(name, ()))] = 1
         return mask
+
+
+def finite(name: str, value: float | torch.Tensor) -> float:
+    """A number, or a tensor of one, as a float.
+
+    Args:
+        name: what messages call it.
+        value: the number.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite in float32.
+    """
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be finite, in float32 too, got {value!r}.")
+    return float(number)
 
 
 @dataclass(eq=False)
@@ -260,7 +280,7 @@ class StackedRed:
     def of(cls, members: Sequence[Edit], rows: torch.Tensor, dtype: torch.dtype) -> StackedRed:
         """As `StackedLowRank.of`."""
         scales = [member.intervention.scale for member in members]
-        biases = [member.intervention.bias for member in members]
+        biases = [member.intervention.shift for member in members]
         device, units = scales[0].device, 1 + max(map(len, scales))
         # The first, all zero, is for rows without an edit.
         factor = torch.zeros(len(members) + 1, units, scales[0].shape[1], dtype=dtype, device=device)
@@ -324,7 +344,8 @@ def _alike(members: Sequence[Edit]) -> list[list[int]]:
     groups: dict[tuple, list[int]] = {}
     for i, member in enumerate(members):
         own = member.intervention
-        groups.setdefault((type(own), own.projection.shape, own.affine), []).append(i)
+        key = (type(own), own.projection.shape, own.affine, own.bias is None)
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
@@ -354,7 +375,7 @@ def _factors(members: Sequence[Edit], dtype: torch.dtype) -> Factors:
         projection = parameters["projection"]
         used = _coordinates(members, projection.shape[2]).to(projection.device) != 0
         parameters["projection"] = torch.where(used[:, None, :, None], projection, projection.detach())
-    factors = first.factors_of(parameters, first.affine)
+    factors = first.normal_form(parameters, first.affine)
     return Factors(*(None if factor is None else factor.flatten(1, 2) for factor in factors))
 
 

@@ -6,7 +6,7 @@ Parameters carry the leading axis of units, so that one matrix product serves th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -52,15 +52,20 @@ class Intervention(nn.Module):
         dropout: probability of zeroing an entry of the edited representation in training (not of the edit alone).
         init_weights: True starts as the identity where the method can; `"pyreft"` as pyreft does; False random (for
             tests).
+        bias: whether there is a `b`.
 
     Attributes:
         low_rank: whether the edit lies in a subspace of dimension `r`, rather than in all of the representation.
         takes_act_fn: whether the method has a learned projection that an activation can follow.
+        needs_bias: whether the method is nothing without a `b`.
         affine: whether the edit is an affine map of the hidden representation (outside of training).
+        bias: `b`, a parameter `[u, ...]`, or None.
     """
 
     low_rank: ClassVar[bool]
     takes_act_fn: ClassVar[bool] = False
+    needs_bias: ClassVar[bool] = False
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Intervention(nn.Module):
         act_fn: str | None = None,
         dropout: float = 0.0,
         init_weights: InitWeights = True,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.units = units
@@ -79,6 +85,8 @@ class Intervention(nn.Module):
         # Only where it does something: it is one more module of each adapter to go through.
         self.dropout = nn.Dropout(dropout) if dropout else None
         self._create_parameters(features, rank, units)
+        if not bias:
+            self.bias = None
         if not next(self.parameters()).is_meta:
             with torch.no_grad():
                 self.reset_parameters(init_weights)
@@ -87,7 +95,7 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
-        """Draw new parameters."""
+        """Draw new parameters; `bias` may be None."""
         raise NotImplementedError
 
     def edit(
@@ -219,18 +227,22 @@ class LowRankIntervention(Intervention):
             self.reset_edit()
         elif init_weights == "pyreft" and self.learned:
             nn.init.uniform_(self.weight, -bound, bound)
-            nn.init.uniform_(self.bias, -bound, bound)
+            self._draw_bias(nn.init.uniform_, -bound, bound)
         elif init_weights == "pyreft":
-            nn.init.uniform_(self.bias)
+            self._draw_bias(nn.init.uniform_)
         else:
             if self.learned:
                 nn.init.normal_(self.weight, std=bound)
-            nn.init.normal_(self.bias)
+            self._draw_bias(nn.init.normal_)
+
+    def _draw_bias(self, draw: Callable[..., Any], *arguments: float) -> None:
+        if self.bias is not None:
+            draw(self.bias, *arguments)
 
     @torch.no_grad()
     def reset_edit(self) -> None:
         """Set `W` and `b` so that nothing is added, where the method can do that; `L` stays."""
-        self.bias.zero_()
+        self._draw_bias(nn.init.zeros_)
         if self.learned:
             self.weight.copy_(self.subspace(self.weight.dtype) if self.replaces else torch.zeros_like(self.weight))
 
@@ -242,6 +254,12 @@ class LowRankIntervention(Intervention):
     def rows_of(cls, projection: torch.Tensor) -> torch.Tensor:
         """`L` from the parameter that it is stored as, `[..., r, d]`."""
         return orthonormal_rows(projection) if cls.orthonormal else projection
+
+    @classmethod
+    def normal_form(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
+        """`factors_of`, with a `bias` of zeros where there is none."""
+        zeros = parameters["projection"].new_zeros(parameters["projection"].shape[:-1])
+        return cls.factors_of({"bias": zeros} | dict(parameters), affine)
 
     @classmethod
     def factors_of(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
@@ -263,7 +281,7 @@ class LowRankIntervention(Intervention):
             projection = parameters["projection"]
             used = (coordinates != 0).reshape(-1, projection.shape[1]).any(0)[:, None]
             parameters["projection"] = torch.where(used, projection, projection.detach())
-        return self.factors_of(parameters, self.affine)
+        return self.normal_form(parameters, self.affine)
 
     def edit(
         self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
@@ -366,7 +384,7 @@ class ConsreftIntervention(LowRankIntervention):
 class LobireftIntervention(LowRankIntervention):
     r"""LobiReFT, in pyreft: $R^\top b$ is added to `h`, a constant: a steering vector."""
 
-    orthonormal, learned, replaces = True, False, False
+    orthonormal, learned, replaces, needs_bias = True, False, False, True
 
 
 class RedIntervention(Intervention):
@@ -383,15 +401,20 @@ class RedIntervention(Intervention):
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
         nn.init.ones_(self.scale)
-        nn.init.zeros_(self.bias)
         if init_weights is False:
             self.scale.add_(torch.randn_like(self.scale))
-            nn.init.normal_(self.bias)
+        if self.bias is not None:
+            (nn.init.normal_ if init_weights is False else nn.init.zeros_)(self.bias)
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """`b`, `[u, d]`; zeros where there is none."""
+        return torch.zeros_like(self.scale) if self.bias is None else self.bias
 
     def edit(
         self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
-        factor, shift = self.scale.to(hidden.dtype) - 1, self.bias.to(hidden.dtype)
+        factor, shift = self.scale.to(hidden.dtype) - 1, self.shift.to(hidden.dtype)
         if scope.gate is None:
             return factor[0] * hidden + shift[0]
         return (scope.gate @ factor) * hidden + scope.gate @ shift
@@ -406,3 +429,22 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
     "lobireft": LobireftIntervention,
     "red": RedIntervention,
 }
+
+
+def register_intervention(name: str, cls: type[Intervention]) -> None:
+    """Make a method available as `ReftConfig(intervention=name)`.
+
+    Args:
+        name: its name in configs, an identifier in lower case.
+        cls: a subclass of `Intervention`; one of `LowRankIntervention` works in mixed batches and merges too.
+
+    Raises:
+        TypeError: `cls` is no subclass of `Intervention`, or does not say whether it is `low_rank`.
+        ValueError: `name` is no identifier in lower case, or is taken.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Intervention) and hasattr(cls, "low_rank")):
+        raise TypeError(f"cls must be a subclass of Intervention with a class attribute low_rank, got {cls!r}.")
+    if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
+        raise ValueError(f"name must be an identifier in lower case, got {name!r}.")
+    if INTERVENTIONS.setdefault(name, cls) is not cls:
+        raise ValueError(f"name={name!r} is taken by {INTERVENTIONS[name].__qualname__}; choose another one.")

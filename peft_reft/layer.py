@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +18,9 @@ from peft_reft.config import ReftConfig
 from peft_reft.edits import AdapterSettings, Edit, RowEdits, edits_of_rows, view_without_aliasing
 from peft_reft.interventions import INTERVENTIONS, Intervention
 from peft_reft.modules import device_of, named_modules
+from peft_reft.scaling import ScaledAdapters
 from peft_reft.sites import Site
 from peft_reft.tokens.passes import Pass
-from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.prompts import stream_of_module
 from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
 from peft_reft.tracker import Tracker, is_recorded
@@ -30,7 +29,7 @@ from peft_reft.tracker import Tracker, is_recorded
 CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
 
 
-class ReftLayer(nn.Module, BaseTunerLayer):
+class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
     """Holds the interventions of all adapters at one site, and applies the active ones in the order they were given.
 
     Unlike other tuner layers it does not wrap the module it adapts: `attach` adds it to the module as the child
@@ -139,12 +138,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             act_fn=config.act_fn,
             dropout=config.dropout,
             init_weights=config.init_weights,
+            bias=config.use_bias,
         )
         if not any(parameter.is_meta for parameter in intervention.parameters()):
             intervention.to(device_of(self.host))
         intervention.train(self.training)
         self.reft_intervention[adapter_name] = intervention
-        self._last_edited_offset = max(self._last_edited_offset, _last_edited_offset(positions))
+        self._last_edited_offset = max(self._last_edited_offset, positions.last_edited_offset)
         self._train(intervention, adapter_name in self.active_adapters)
         self._freeze_subspaces()
 
@@ -189,7 +189,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
             self.set_adapter(active or successor)
         super().delete_adapter(adapter_name)
-        offsets = (_last_edited_offset(settings.positions) for settings in self.reft_settings.values())
+        offsets = (settings.positions.last_edited_offset for settings in self.reft_settings.values())
         self._last_edited_offset = max(offsets, default=0)
 
     def why_not_merge(self, adapter_name: str) -> str | None:
@@ -217,7 +217,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         original = self._unmerged or merging.Original(self.host)
         # Those of adapters that are merged already stay as they were at that time.
         edits = self._merged_edits | {name: self.edit_of(name) for name in names}
-        merging.merge(self.host, original, list(edits.values()), safe_merge, self.site_name)
+        merging.merge(self.host, original, edits, safe_merge, self.site_name)
         self._unmerged, self._merged_edits, self.merged_adapters = original, edits, list(edits)
 
     def unmerge(self) -> None:
@@ -406,11 +406,6 @@ def layers(model: nn.Module) -> Iterator[ReftLayer]:
 def _by_row(pass_: Pass) -> bool:
     """Whether each row of a pass names its adapter."""
     return pass_.requests is not None and pass_.requests.adapters is not None
-
-
-def _last_edited_offset(positions: Positions) -> float:
-    """How many tokens after the prompt are edited at most; decoding steps after those have nothing to do."""
-    return math.inf if positions.tail else positions.counted
 
 
 def first_tensor(output: Any) -> Any:

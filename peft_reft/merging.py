@@ -7,7 +7,7 @@ An affine edit of *all* tokens behind a linear layer `W0 h + b0` is another line
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -102,23 +102,36 @@ def _is_affine(linear: nn.Module) -> bool:
     return outputs.shape == expected.shape and bool((outputs - expected).norm() < 1e-2 * expected.norm())
 
 
-def merge(linear: nn.Module, original: Original, edits: Sequence[Edit], safe: bool, name: str) -> None:
+def merge(linear: nn.Module, original: Original, edits: Mapping[str, Edit], safe: bool, where: str) -> None:
     """Give `linear` the weight and the bias of what it originally was, followed by edits, one after the other.
 
     All edits are rounded (and quantized) together, once.
 
+    Args:
+        linear: the layer.
+        original: its weight and bias before anything was merged.
+        edits: name of each adapter -> its edit.
+        safe: whether to check the result before it replaces anything.
+        where: what messages call the layer.
+
     Raises:
         ValueError: `safe` and the result is not finite; the layer is as it was then.
     """
-    weight, bias = _merged(linear, original, edits)
+    weight, bias = _merged(linear, original, list(edits.values()))
     weight, bias = weight.to(_weight_dtype(linear)), bias.to(_weight_dtype(linear))
     if safe and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        raise ValueError(f"NaNs detected in the merged weights of {name!r}. The adapter seems to be broken.")
+        broken = [name for name, edit in edits.items() if not _is_finite(edit)]
+        names = ", ".join(broken or edits)
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken (at {where!r}).")
     _set_weight(linear, weight)
     if linear.bias is not None:
         linear.bias.data = bias.to(linear.bias)
     elif bias.any():
         linear.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _is_finite(edit: Edit) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in edit.intervention.parameters())
 
 
 def _weight_dtype(linear: nn.Module) -> torch.dtype:
@@ -229,7 +242,7 @@ def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list
         raise ValueError(
             f"Merging gives {missing[0]!r}{others} a value, but {type(model).__name__} has no such bias and no option "
             "for it in its configuration, so the merged model would lose it when it is saved and loaded. "
-            "merge_adapter() merges in memory."
+            "merge_adapter() merges in memory. Adapters trained with use_bias=False need no bias."
         )
     return flags, created
 

@@ -19,9 +19,10 @@ from peft_reft import merging
 from peft_reft.attach import track, tracker_of, untrack
 from peft_reft.config import ReftConfig
 from peft_reft.layer import CHILD_NAMES, ReftLayer, layers
-from peft_reft.modules import modules_around
-from peft_reft.sites import Site, find_sites, matches
-from peft_reft.steering import SteeringMixin
+from peft_reft.methods import SteeringMixin
+from peft_reft.modules import modules_around, named_modules
+from peft_reft.sites import Site, find_sites, is_encoder_decoder, matches
+from peft_reft.tokens.positions import Positions
 from peft_reft.tokens.requests import AdapterNames, RowRequests
 from peft_reft.tracker import Entry
 
@@ -91,6 +92,15 @@ class ReftModel(SteeringMixin, BaseTuner):
     def _check_target_module_compatiblity(self, peft_config: ReftConfig, model: nn.Module, target_name: str) -> None:
         """Hooks ask nothing of the module they are on."""
 
+    def _add_modules_to_save_to_tie(self, peft_config: ReftConfig, tied_weight_keys: list[str]) -> None:
+        """Let PEFT train one copy of the input embedding, which everything that the model ties to it shares."""
+        embedding, tied = self.model.get_input_embeddings(), set(tied_weight_keys)
+        name = next(name for name, module in named_modules(self.model) if module is embedding)
+        saved = [part for part in peft_config.modules_to_save if not any(_ends_with(key, part) for key in tied)]
+        peft_config.modules_to_save = saved if any(_ends_with(name, part) for part in saved) else [*saved, name]
+        # Read by PEFT, which does not save it.
+        peft_config.modules_to_tie = tied
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -112,6 +122,7 @@ class ReftModel(SteeringMixin, BaseTuner):
         subspaces = tuple(config.subspaces or ())
         modules = bool(config.modules_to_save or config.trainable_token_indices)
         tracker_of(model).add(adapter_name, AdapterNames(config.parsed_positions, subspaces, modules))
+        _warn_of_completion(model, config.parsed_positions)
 
     def _check_state_dict(self, model: nn.Module, config: ReftConfig, state_dict: dict[str, torch.Tensor]) -> None:
         named = {self._markers.split(key)[0] for key in state_dict if self._markers.search(key)}
@@ -317,8 +328,29 @@ def _has_reft_alone(model: nn.Module) -> bool:
     return all(isinstance(module, ReftLayer) for module in adapts)
 
 
+def _warn_of_completion(model: nn.Module, positions: Positions) -> None:
+    """Warn where positions select what comes after the prompt, and a model takes all of its tokens for prompt."""
+    generates = getattr(model, "can_generate", bool)()
+    if not (generates or is_encoder_decoder(model) or positions.only(prompt=True, completion=False).words):
+        warnings.warn(
+            f"positions={str(positions)!r} selects tokens after the prompt, but {type(model).__name__} does not "
+            "generate: all of its tokens are prompt, so nothing is edited unless forward gets prompt_mask. Use f<n>, "
+            "l<n>, prompt or all.",
+            stacklevel=2,
+        )
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return f".{name}".endswith(f".{ending}")
+
+
 def _check_name(model: nn.Module, adapter_name: str) -> None:
-    """PEFT tells the weights of different methods apart by the names of their adapters."""
+    """PEFT tells the weights of different methods apart by the names of their adapters, which are names of modules."""
+    if hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be the name of an adapter: adapters stand in an nn.ModuleDict, "
+            "which has an attribute of that name. Choose another one."
+        )
     for module in modules_around(model):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, ReftLayer):
             names = {name for part in module.adapter_layer_names for name in getattr(module, part, ())}

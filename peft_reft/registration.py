@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
+from peft import PeftConfig, helpers
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 
 NAME = "REFT"
@@ -50,9 +51,11 @@ def _add_peft_type() -> PeftType:
     return member
 
 
-def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
+def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], layer_cls: type[BaseTunerLayer]) -> None:
     """Enter the method's classes into PEFT's registries; safe to call again, the last classes win."""
     peft_type = ensure_peft_type()
     for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         registry.pop(peft_type, None)
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
+    # `rescale_adapter_scale` asks for LoRA's layers by class, and needs of them what `layer_cls` has too.
+    helpers.LoraLayer = (LoraLayer, layer_cls)

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, which it creates first if need be.
 #   usage: tests/run.sh [newest|pinned|oldest|all] [pytest arguments]
-#          tests/run.sh vllm [pytest arguments]      # serving, in an environment with vLLM
+#          tests/run.sh vllm|lm_eval|sentence_transformers [pytest arguments]   # with a program that needs its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ ${1:-} == vllm ]]; then
+case ${1:-} in vllm|lm_eval|sentence_transformers)
+    program=$1
     shift
-    environment=${REFT_ENV:-.venv-vllm}
-    .ci/environment-vllm "$environment"
-    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest tests/vllm_plugin "$@"
-fi
+    environment=${REFT_ENV:-.venv-$program}
+    ".ci/environment-$program" "$environment"
+    tests=tests/test_$program.py
+    if [[ $program == vllm ]]; then tests=tests/vllm_plugin; fi
+    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest "$tests" "$@"
+esac
 versions=newest
 case ${1:-} in newest|pinned|oldest|all) versions=$1; shift ;; esac
 

@@ -156,7 +156,7 @@ def test_a_method_other_than_forward_sees_the_settings_of_now(trained):
         torch.testing.assert_close(net.head(edited), model(x))
         with model.disable_adapter():
             torch.testing.assert_close(net.features(x), want)
-        with model.base_model.strength("default", 0.5):
+        with model.base_model.rescaled("default", 0.5):
             torch.testing.assert_close(net.features(x), (edited + want) / 2)
 
 
@@ -327,7 +327,7 @@ def test_a_pass_inside_the_loss_function_does_not_disturb_replays(kind, componen
             if inside:
                 return plain(logits, labels, **kwargs)
             inside.append(1)
-            with torch.set_grad_enabled(with_gradients), model.base_model.strength("default", 0.5):
+            with torch.set_grad_enabled(with_gradients), model.base_model.rescaled("default", 0.5):
                 ref = model(input_ids=IDS[:, :6], labels=IDS[:, :6].masked_fill(torch.arange(6) < 3, -100)).logits
             inside.pop()
             return plain(logits, labels, **kwargs) + (logits[:, :6] - ref).square().mean()
@@ -345,7 +345,7 @@ def test_two_forwards_with_other_settings_before_one_backward(kind):
         model = adapted(component=["block_output", "mlp_output"]).train()
         checkpointing(model, kind)
         first = model(input_ids=IDS, labels=LABELS, use_cache=False).loss
-        with model.base_model.strength("default", 0.25):
+        with model.base_model.rescaled("default", 0.25):
             second = model(input_ids=IDS[:, :6], prompt_mask=torch.arange(6)[None] < 2, use_cache=False).logits
         (first + second.square().mean()).backward()
         return gradients_of(model)

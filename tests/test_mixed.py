@@ -422,7 +422,7 @@ def test_subspaces_of_each_row():
     ids = torch.tensor(sequences(("ppppp",) * len(names)))
     got = mixed.model(input_ids=ids, adapter_names=names, subspaces=groups).logits
     for row, (name, group) in enumerate(zip(names, groups, strict=True)):
-        only = mixed.model.only_subspaces(name, _own(name, group)) if name in "ab" else nullcontext()
+        only = mixed.model.use_subspaces(name, _own(name, group)) if name in "ab" else nullcontext()
         with mixed.use(name), only:
             expected = mixed.model(input_ids=ids[row, None]).logits
         torch.testing.assert_close(got[row, None], expected, rtol=1e-10, atol=1e-10)
@@ -441,7 +441,7 @@ def test_subspaces_of_each_row_in_generate(by_name):
     more = {"adapter_names": ["a"] * 4} if by_name else {}
     got = mixed.model.generate(input_ids=ids, subspaces=groups, **more, **GENERATE)
     for row, group in enumerate(groups):
-        with mixed.model.only_subspaces("a", group):
+        with mixed.model.use_subspaces("a", group):
             assert torch.equal(got[row, None], mixed.model.generate(input_ids=ids[row, None], **GENERATE))
 
 

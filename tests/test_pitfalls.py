@@ -63,7 +63,7 @@ def test_importing_again_and_reloading_keep_one_registration():
     member = PeftType.REFT
     importlib.reload(registration)
     importlib.reload(peft_reft)
-    peft_reft.register(ReftConfig, ReftModel)
+    peft_reft.register(ReftConfig, ReftModel, ReftLayer)
     assert PeftType.REFT is member
     assert list(PeftType).count(member) == 1
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is ReftConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -47,6 +48,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer import sft_trainer
 from trl.trainer.utils import use_adapter
+
+from peft_reft import ReftConfig
+from peft_reft.arguments import ReftArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -837,6 +841,33 @@ def test_a_script_takes_flags_and_trains_the_model_that_it_is_told(name, tmp_pat
     expected = {"r": 3, "positions": "f1+l1", "share_weights": False, "layers_to_transform": [1]}
     assert {key: config[key] for key in expected} == expected
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "quickstart", "steering"])
+def test_a_script_says_in_a_line_that_there_is_no_such_model(name, monkeypatch):
+    flag = "--model" if name in ("quickstart", "steering") else "--model_name_or_path"
+    monkeypatch.setattr("sys.argv", [name, flag, "no/such-model"])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert stop.value.code.startswith(f"{flag} no/such-model: ")
+    assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_needs_nothing_that_stands_beside_it(name, tmp_path, monkeypatch):
+    copy = Path(shutil.copy(EXAMPLES / f"{name}.py", tmp_path))
+    monkeypatch.setitem(sys.modules, "smollm2", None)
+    program = runpy.run_path(str(copy), run_name="copied")
+    assert program["default_model"]() == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_flags_are_the_options_of_a_config():
+    flags = {option.name.removeprefix("reft_") for option in dataclasses.fields(ReftArguments)} - {"layers"}
+    assert flags <= {option.name for option in dataclasses.fields(ReftConfig)}
+    assert ReftArguments().config() == ReftConfig()
+    found = ReftArguments(reft_r=3, reft_layers=[1], reft_use_bias=False).config(task_type="SEQ_CLS")
+    assert found == ReftConfig(r=3, layers_to_transform=[1], use_bias=False, task_type="SEQ_CLS")
 
 
 # What the last line has to say at least.

@@ -83,9 +83,9 @@ def test_each_is_switched_off_alone():
     for alone in (lora_alone, reft_alone):
         state = {name: value for name, value in outer.state_dict().items() if "lora_" in name or "reft_" in name}
         assert len(alone.load_state_dict(state, strict=False).unexpected_keys) < len(state)
-    with rescale_adapter_scale(inner, 0.0):
+    with rescale_adapter_scale(inner, 0.0), outer.rescaled("reft", 1):
         torch.testing.assert_close(logits(outer), logits(reft_alone))
-    with outer.strength("reft", 0):
+    with outer.rescaled("reft", 0):
         assert torch.equal(logits(outer), logits(lora_alone))
     assert torch.equal(logits(outer), together)
     for alone in (lora_alone, reft_alone):
@@ -195,7 +195,7 @@ def test_lora_is_merged_below_reft(component):
 
 def test_reft_is_taken_off_above_lora(tmp_path):
     inner, outer = both()
-    with outer.strength("reft", 0):
+    with outer.rescaled("reft", 0):
         want = logits(outer)
     base = outer.unload()
     assert not any("reft" in name for name, _ in base.named_modules())
@@ -223,7 +223,7 @@ def test_rows_choose_among_reft_adapters_and_lora_stays_on():
     got = model(input_ids=IDS, adapter_names=["other", "__base__"]).logits
     model.set_adapter("other")
     torch.testing.assert_close(got[:1], logits(model, IDS[:1]), rtol=1e-5, atol=1e-5)
-    with model.strength("other", 0):
+    with model.rescaled("other", 0):
         torch.testing.assert_close(got[1:], logits(model, IDS[1:]), rtol=1e-5, atol=1e-5)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from peft_reft.sites import BlockList, only_block_list
 
 _BATCH = 16
+# Which tokens of a text are compared.
+Tokens = Literal["mean", "differing", "last"]
 
 
 @contextmanager
@@ -34,11 +38,13 @@ def directions_from_pairs(
     positive: Sequence[str],
     negative: Sequence[str],
     layers: Iterable[int],
+    tokens: Tokens = "mean",
 ) -> dict[int, torch.Tensor]:
-    """Difference of means: where the last token of `positive` texts is on average, seen from that of `negative` ones.
+    """Difference of means: where `positive` texts are on average, seen from `negative` ones.
 
     Adapters of a PEFT model are off meanwhile. Texts that differ in nothing else, pair by pair, give the cleanest
-    directions. See `ReftModel.set_directions` for what to do with them.
+    directions. Added at strength 1 (`set_directions` of a `lobireft` adapter), the direction moves a representation as
+    far as the two means are apart.
 
     Args:
         model: a Transformers model with one stack of blocks, or a PEFT model around one.
@@ -46,21 +52,30 @@ def directions_from_pairs(
         positive: texts that have what the direction is to stand for.
         negative: texts that have not.
         layers: numbers of blocks whose output is compared; negative numbers count from the end.
+        tokens: which tokens of a text count. `"mean"`: the mean of all of them, without special ones at the start.
+            `"differing"`: the mean of those from where the texts of a pair begin to differ, `positive[i]` and
+            `negative[i]`. `"last"`: the last one, which has seen all of the text: for texts that end alike, such as
+            chat templates and statements with the same last words.
 
     Returns:
         Each of `layers` -> float32 `[1, d]` on the CPU, as long as the means are apart.
 
     Raises:
-        ValueError: no texts, texts without tokens, a model with several stacks or none, or no such layer.
+        ValueError: no texts, texts without tokens, lists that are no pairs, a model with several stacks or none, no
+            such layer, or an unknown choice of `tokens`.
     """
+    if tokens not in get_args(Tokens):
+        raise ValueError(f"tokens={tokens!r}: allowed are {list(get_args(Tokens))}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = list(layers)
     block_list = only_block_list(base)
     numbers = [_number(block_list, layer) for layer in layers]
+    kinds = [_tokenized(tokenizer, texts) for texts in (positive, negative)]
     if not positive or not negative:
         raise ValueError(f"Texts of both kinds are needed, got {len(positive)} positive and {len(negative)} negative.")
+    begins = _begins(tokenizer, kinds, tokens)
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        means = [_mean_states(base, block_list, tokenizer, texts, numbers) for texts in (positive, negative)]
+        means = [_mean_states(base, block_list, *each, numbers) for each in zip(kinds, begins, strict=True)]
     return {layer: (means[0][i] - means[1][i])[None] for i, layer in enumerate(layers)}
 
 
@@ -71,41 +86,83 @@ def _number(block_list: BlockList, layer: int) -> int:
     return layer % count
 
 
+def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    if [] in ids:
+        raise ValueError(f"The text {texts[ids.index([])]!r} has no tokens.")
+    return ids
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[int]]], tokens: Tokens) -> list[list[int]]:
+    """Index of the first token that counts of each text of both kinds; all behind it count."""
+    if tokens == "last":
+        _warn_of_endings(tokenizer, kinds)
+        return [[len(ids) - 1 for ids in texts] for texts in kinds]
+    if tokens == "mean":
+        special = set(tokenizer.all_special_ids)
+        return [[_first(token not in special for token in ids) or 0 for ids in texts] for texts in kinds]
+    if len(kinds[0]) != len(kinds[1]):
+        raise ValueError(
+            f"tokens='differing' compares pairs, got {len(kinds[0])} positive and {len(kinds[1])} negative texts."
+        )
+    begins = []
+    for i, (ids, others) in enumerate(zip(*kinds, strict=True)):
+        if ids == others:
+            raise ValueError(f"tokens='differing': the texts of pair {i} are the same.")
+        begin = _first(a != b for a, b in zip(ids, others, strict=False))
+        # A text that the other one begins with counts with its last token.
+        begin = min(len(ids), len(others)) if begin is None else begin
+        begins.append([min(begin, len(ids) - 1), min(begin, len(others) - 1)])
+    return [list(of_kind) for of_kind in zip(*begins, strict=True)]
+
+
+def _first(found: Iterable[bool]) -> int | None:
+    return next((i for i, is_found in enumerate(found) if is_found), None)
+
+
+def _warn_of_endings(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[int]]]) -> None:
+    ends = [{ids[-1] for ids in texts} for texts in kinds]
+    if ends[0] == ends[1]:
+        return
+    only = [
+        ", ".join(repr(tokenizer.decode([token])) for token in sorted(own - other)[:3]) or "none"
+        for own, other in (ends, ends[::-1])
+    ]
+    warnings.warn(
+        f"tokens='last' compares last tokens, but the lists end differently: only positive texts end in {only[0]}, "
+        f"only negative ones in {only[1]}. Most of such a direction tells these tokens apart. End all texts alike, or "
+        "choose tokens='mean' or 'differing'.",
+        stacklevel=4,
+    )
+
+
 def _mean_states(
-    model: nn.Module,
-    block_list: BlockList,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    numbers: Sequence[int],
+    model: nn.Module, block_list: BlockList, texts: list[list[int]], begins: list[int], numbers: Sequence[int]
 ) -> torch.Tensor:
-    """Mean over texts of the last token's state behind each of the blocks, float32 `[layers, d]`."""
+    """Mean over texts of the mean state of the tokens that count, behind each of the blocks; float32 `[layers, d]`."""
     total = torch.zeros(len(numbers), block_list.hidden_size)
     for begin in range(0, len(texts), _BATCH):
-        total += _last_states(model, block_list, tokenizer, texts[begin : begin + _BATCH], numbers).sum(1)
+        batch = slice(begin, begin + _BATCH)
+        total += _states(model, block_list, texts[batch], begins[batch], numbers).sum(1)
     return total / len(texts)
 
 
-def _last_states(
-    model: nn.Module,
-    block_list: BlockList,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    numbers: Sequence[int],
+def _states(
+    model: nn.Module, block_list: BlockList, texts: list[list[int]], begins: list[int], numbers: Sequence[int]
 ) -> torch.Tensor:
-    """State of each text's last token behind each of the blocks, float32 `[layers, texts, d]`."""
-    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    if any(len(tokens) == 0 for tokens in ids):
-        raise ValueError("One of the texts has no tokens.")
+    """Mean state of the tokens of each text that count, behind each of the blocks; float32 `[layers, texts, d]`."""
     # Padded here, on the right: many tokenizers of language models have no padding token.
-    lengths = torch.tensor([len(tokens) for tokens in ids])
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    lengths = torch.tensor([len(ids) for ids in texts])
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True)
+    place = torch.arange(padded.shape[1])
+    mask = place < lengths[:, None]
+    counts = mask & (place >= torch.tensor(begins)[:, None])
     states: dict[int, torch.Tensor] = {}
 
     def keep(number: int, output: torch.Tensor | tuple) -> None:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        last = hidden[torch.arange(len(texts), device=hidden.device), (lengths - 1).to(hidden.device)]
-        states[number] = last.float().cpu()
+        hidden = (output if isinstance(output, torch.Tensor) else output[0]).float()
+        share = (counts / counts.sum(-1, keepdim=True)).to(hidden)
+        states[number] = torch.einsum("bt,btd->bd", share, hidden).cpu()
 
     handles = [
         block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in numbers
@@ -113,7 +170,7 @@ def _last_states(
     device = next(model.parameters()).device
     try:
         with evaluating(model):
-            model(input_ids=padded.to(device), attention_mask=mask.to(device))
+            model(input_ids=padded.to(device), attention_mask=mask.long().to(device))
     finally:
         for handle in handles:
             handle.remove()

@@ -28,6 +28,16 @@ class EditNorms:
     values: torch.Tensor
     places: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """A line for each row of the batch and place: which tokens are edited, how much on average and at most."""
+        lines = []
+        for i, row in enumerate(self.values):
+            for values, place in zip(row.T, self.places, strict=True):
+                edited = values[values > 0]
+                size = f"mean {edited.mean():.1%}, most {edited.max():.1%} of ||h||" if len(edited) else "no edit"
+                lines.append(f"row {i}  {place}: {len(edited)} of {len(values)} tokens, {size}")
+        return "\n".join(lines)
+
     def plot(self, tokens: Sequence[str] | None = None, row: int = 0) -> Figure:
         """A heatmap of one row of the batch: tokens from left to right, layers from bottom to top.
 

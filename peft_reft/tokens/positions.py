@@ -17,6 +17,7 @@ from the end of the latest span.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -58,6 +59,8 @@ class Positions:
         needs_prompt: whether the tokens depend on where the prompt ends.
         tail: code of the unit that edits every token far behind the prompt, 0 if none does.
         counted: how many tokens right after the prompt `c<n>` selects, 0 without such a word.
+        last_edited_offset: how many tokens after the prompt are edited at most; later decoding steps have nothing to
+            do.
     """
 
     def __init__(self, words: tuple[Word, ...], shared: bool = True) -> None:
@@ -69,6 +72,7 @@ class Positions:
         self.needs_prompt = "all" not in self.kinds
         self.tail = self.kinds.get("all", self.kinds.get("completion", (0, 0)))[1]
         self.counted = self.kinds.get("count", (0, 0))[0]
+        self.last_edited_offset: float = math.inf if self.tail else self.counted
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _the_one_of, (self.words, self.shared)

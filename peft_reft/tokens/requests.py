@@ -92,7 +92,7 @@ class RowRequests:
         if self.checked:
             return
         if self.adapters is not None and training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
         unknown = sorted(set(self.adapters or ()) - {BASE, *adapters})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

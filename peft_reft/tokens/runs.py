@@ -28,8 +28,8 @@ _REMEDIES = (
     "(-100); or edit every token with positions='all'; or pass prompt_mask to forward."
 )
 _NOTHING_EDITED = (
-    "positions='{}' edits no token of this training batch: its prompts (or answers) are too short, or prompt_mask "
-    "marks nothing. Use longer ones, or positions='all'."
+    "positions='{}' edits no token of this training batch: its prompts (or answers) are too short, prompt_mask marks "
+    "nothing, or the model has no answers, as encoders and classifiers. Use longer ones, or positions='all'."
 )
 
 

@@ -53,7 +53,7 @@ def factors_of(intervention: Intervention) -> dict[str, torch.Tensor]:
         factors = intervention.factors(torch.float32)._asdict()
         return {name: factor.contiguous() for name, factor in factors.items() if factor is not None}
     if isinstance(intervention, RedIntervention):
-        return {"factor": intervention.scale.float() - 1, "shift": intervention.bias.float()}
+        return {"factor": intervention.scale.float() - 1, "shift": intervention.shift.float()}
     raise NotImplementedError(
         f"{type(intervention).__name__} cannot be served: only subclasses of LowRankIntervention and RedIntervention "
         "have a form that many adapters share."

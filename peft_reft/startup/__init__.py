@@ -1,0 +1,1 @@
+"""What `peft_reft.run` puts on PYTHONPATH, for the Python processes that programs start."""
