@@ -3,9 +3,9 @@
     python examples/grpo.py                                  # the bundled model and prompts, offline
     python examples/grpo.py --max_steps 30 --beta 0.02       # GRPOConfig's and ReFT's flags
     python examples/grpo.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/tldr
+    python examples/grpo.py --use_vllm                       # vLLM generates, with the adapter as it is at each step
 
-The model generates its own completions; an edit lands on the same tokens then and in training. `--use_vllm` needs an
-adapter that can be merged. All flags: --help.
+The model generates its own completions; an edit lands on the same tokens then and in training. All flags: --help.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from peft_reft.arguments import ReftArguments
+from peft_reft.integrations.trl import vllm_rollouts
 
 NEWS = {
     "train": [
@@ -95,14 +96,15 @@ def main() -> None:
     shown = train if test is None else test
 
     try:
-        trainer = GRPOTrainer(
-            model=name,
-            args=training_args,
-            train_dataset=train,
-            reward_funcs=excitement,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=reft_args.config(task_type="CAUSAL_LM"),
-        )
+        with vllm_rollouts():  # for --use_vllm
+            trainer = GRPOTrainer(
+                model=name,
+                args=training_args,
+                train_dataset=train,
+                reward_funcs=excitement,
+                quantization_config=get_quantization_config(model_args),
+                peft_config=reft_args.config(task_type="CAUSAL_LM"),
+            )
     except OSError as error:
         raise SystemExit(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from error
     trainer.model.print_trainable_parameters()

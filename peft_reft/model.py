@@ -259,7 +259,8 @@ class ReftModel(SteeringMixin, BaseTuner):
                 if why is not None:
                     raise ValueError(
                         f"The ReFT adapter {name!r} cannot be merged exactly: at {layer.site_name!r} {why}. Keep the "
-                        "adapter, which costs little, or take it off with unload()."
+                        "adapter, which costs little, or take it off with unload(). For use_vllm=True of TRL's "
+                        "trainers, make the trainer in `with peft_reft.integrations.trl.vllm_rollouts():`."
                     )
 
     def _tied(self, module: nn.Module) -> str | None:

@@ -9,7 +9,9 @@ case ${1:-} in vllm|lm_eval|sentence_transformers)
     shift
     environment=${REFT_ENV:-.venv-$program}
     ".ci/environment-$program" "$environment"
-    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest "tests/test_$program.py" "$@"
+    tests=tests/test_$program.py
+    if [[ $program == vllm ]]; then tests=tests/vllm_plugin; fi
+    OMP_NUM_THREADS=1 exec "$environment/bin/python" -m pytest "$tests" "$@"
 esac
 versions=newest
 case ${1:-} in newest|pinned|oldest|all) versions=$1; shift ;; esac

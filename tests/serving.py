@@ -15,6 +15,16 @@ from peft_reft import ReftConfig
 
 VOCAB, HIDDEN, LAYERS = 64, 64, 4
 
+# Arguments of a small engine.
+SMALL = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 32 << 20,
+    "block_size": 32,
+    "max_model_len": 256,
+    "disable_log_stats": True,
+}
+
 # All interventions, all words, all components, ranks mixed.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "untied": {"r": 4, "positions": "f3+l3", "share_weights": False},
@@ -143,6 +153,15 @@ class HuggingFace:
             self.model.set_strength(request.adapter, request.strength)
             output = self.model.generate(input_ids=ids, **options)
         return tuple(output[0, len(request.ids) :].tolist())
+
+
+def check(truth: HuggingFace, requests: list[Request], given: list[Answer], logprob: float = 1e-4) -> None:
+    """Every token is the best one there, or as good as it (a tie); log-probabilities agree."""
+    assert len(requests) == len(given)
+    for request, answer in zip(requests, given, strict=True):
+        gaps, largest = truth.differences(request, answer)
+        assert max(gaps) < 2e-5, f"{request.adapter}: a token that is {max(gaps)} less likely than the best"
+        assert largest < logprob, f"{request.adapter}: log-probabilities differ by {largest}"
 
 
 def answers(llm: Any, requests: list[Request], tokens: int = 12, **options: Any) -> list[Answer]:

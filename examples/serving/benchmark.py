@@ -3,8 +3,9 @@
     python examples/serving/benchmark.py
     python examples/serving/benchmark.py --adapters 1 --rounds 3 --rows 16
 
-Three engines with the same model run in turns: a bare one, one with ReFT adapters, one with `enable_lora`. Adapters are
-dealt to the rows of a batch in turns. Times are those of the process, on one thread: other programs hardly count.
+Three engines with the same model: a bare one, one with ReFT adapters, one with `enable_lora`. Adapters are dealt to the
+rows of a batch in turns. The bare engine runs beside each variant, step by step in turns, so that what else the machine
+does slows both. Times are those of the process, on one thread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,12 @@ from peft_reft.integrations.vllm import Adapter, add_adapter
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from smollm2 import smollm2_folder
 
-PROMPT_ONLY, ALL, LORA, BARE = "LoReFT r=8, f7+l7", "LoReFT r=8, all", "LoRA r=8, q and v", "bare engine"
+PROMPT_ONLY, ALL, LORA = "LoReFT r=8, f7+l7", "LoReFT r=8, all", "LoRA r=8, q and v"
 POSITIONS = {PROMPT_ONLY: "f7+l7", ALL: "all"}
-# variant -> phase -> seconds of each round
-Times = dict[str, dict[str, list[float]]]
+# Seconds of each step of a batch, of which the first is the prefill.
+Steps = Iterator[float]
+# variant -> phase -> (seconds of the bare engine, its own) of each round
+Times = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def main() -> None:
@@ -58,11 +61,12 @@ def main() -> None:
     args = parser.parse_args()
     args.model = args.model or str(smollm2_folder())
     with TemporaryDirectory() as folder:
-        runs = variants(args, Path(folder))
-        print(report(measure(runs, args.rounds), args))
+        bare, runs = variants(args, Path(folder))
+        print(report(measure(bare, runs, args.rounds), args))
 
 
-def variants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], dict[str, float]]]:
+def variants(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], Steps], dict[str, Callable[[], Steps]]]:
+    """The bare engine's batch, and those of the variants by name."""
     most = max(args.adapters)
     options = {
         "dtype": "float32",
@@ -81,14 +85,14 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], d
     requests = save_loras(args.model, folder, most)
     vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
     prompts = torch.randint(vocabulary, (args.rows, args.tokens)).tolist()
-    runs = {BARE: partial(run, bare, prompts, args.new)}
+    runs = {}
     for count in args.adapters:
         numbers = [row % count for row in range(args.rows)]
         for name, positions in POSITIONS.items():
             names = [{"reft": f"{positions} {number}"} for number in numbers]
             runs[f"{name} | {count}"] = partial(run, reft, prompts, args.new, extra_args=names)
         runs[f"{LORA} | {count}"] = partial(run, lora, prompts, args.new, loras=[requests[n] for n in numbers])
-    return runs
+    return partial(run, bare, prompts, args.new), runs
 
 
 def add_reft_adapters(llm: vllm.LLM, model: str, count: int) -> None:
@@ -117,37 +121,45 @@ def run(
     new: int,
     extra_args: Sequence[dict[str, Any] | None] | None = None,
     loras: Sequence[LoRARequest | None] | None = None,
-) -> dict[str, float]:
-    """Seconds of the prefill, which is one step, and of a decode step (the median)."""
+) -> Steps:
+    """Run a batch, a step each time that the caller asks for its seconds."""
     engine, nothing = llm.llm_engine, [None] * len(prompts)
     for number, (ids, extra, lora) in enumerate(zip(prompts, extra_args or nothing, loras or nothing, strict=True)):
         params = vllm.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra)
         engine.add_request(str(number), {"prompt_token_ids": ids}, params, lora_request=lora)
-    steps = []
     while engine.has_unfinished_requests():
         begin = time.process_time()
         engine.step()
-        steps.append(time.process_time() - begin)
-    return {"prefill": steps[0], "decode step": statistics.median(steps[1:])}
+        yield time.process_time() - begin
 
 
-def measure(runs: dict[str, Callable[[], dict[str, float]]], rounds: int) -> Times:
-    """Run all variants in turns, another one first in each round; the round before does not count."""
-    times: Times = {name: {} for name in runs}
-    names = list(runs)
+def measure(bare: Callable[[], Steps], runs: dict[str, Callable[[], Steps]], rounds: int) -> Times:
+    """Run each variant beside the bare engine; the first round does not count."""
+    times: Times = {name: {"prefill": [], "decode step": []} for name in runs}
     for number in range(rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            for phase, seconds in runs[name]().items():
-                if number:
-                    times[name].setdefault(phase, []).append(seconds)
+        for place, (name, start) in enumerate(runs.items()):
+            pairs = in_turns(bare(), start(), swapped=(number + place) % 2 == 1)
+            if number:
+                times[name]["prefill"].append(pairs[0])
+                base, own = zip(*pairs[1:], strict=True)
+                times[name]["decode step"].append((statistics.median(base), statistics.median(own)))
         print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     return times
 
 
+def in_turns(bare: Steps, own: Steps, swapped: bool) -> list[tuple[float, float]]:
+    """Seconds of both for each step; `swapped`: the variant goes first."""
+    if swapped:
+        return [(base, variant) for variant, base in zip(own, bare, strict=True)]
+    return list(zip(bare, own, strict=True))
+
+
 def report(times: Times, args: argparse.Namespace) -> str:
     """A Markdown table of times relative to the bare engine's in the same round: throughput is one over them."""
-    milliseconds = {phase: 1e3 * statistics.median(seconds) for phase, seconds in times[BARE].items()}
+    milliseconds = {
+        phase: 1e3 * statistics.median(base for phases in times.values() for base, _ in phases[phase])
+        for phase in ("prefill", "decode step")
+    }
     lines = [
         f"{Path(args.model).name}, float32, {args.rows} requests of {args.tokens} tokens, {args.new} new tokens, vLLM "
         f"{vllm.__version__}, one CPU thread, eager. Bare engine: "
@@ -158,15 +170,12 @@ def report(times: Times, args: argparse.Namespace) -> str:
         "| adapters | of them in the batch | prefill | decode |",
         "| --- | --- | --- | --- |",
     ]
-    for name, phases in times.items():
-        if name != BARE:
-            cells = [spread(times[BARE][phase], seconds) for phase, seconds in phases.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name} | {' | '.join(map(spread, phases.values()))} |" for name, phases in times.items()]
     return "\n".join(lines)
 
 
-def spread(bare: list[float], own: list[float]) -> str:
-    ratios = sorted(one / other for one, other in zip(bare, own, strict=True))
+def spread(pairs: list[tuple[float, float]]) -> str:
+    ratios = sorted(base / own for base, own in pairs)
     return f"{statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 

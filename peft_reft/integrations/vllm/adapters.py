@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import safetensors.torch
 import torch
@@ -18,12 +20,15 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import INTERVENTIONS, Intervention
+from peft_reft.layer import layers
 from peft_reft.tokens.positions import Positions, parse
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<blocks>(?:\w+\.)*?\w+)\.(?P<layer>\d+)(?:\.(?P<module>.+?))?"
     r"\.(?P<child>reft|input_reft)\.reft_intervention\.(?P<parameter>\w+)"
 )
+# RFC 2397: the settings are a parameter of the type.
+_URL = "data:application/x-safetensors;reft="
 _SIDES = {"reft": OUTPUT, "input_reft": INPUT}
 
 
@@ -57,11 +62,13 @@ class Adapter:
 
     @classmethod
     def load(cls, source: str) -> Adapter:
-        """Read an adapter from a folder or the hub.
+        """Read an adapter from a folder, the hub, or `to_url`.
 
         Raises:
             ValueError: the source holds no ReFT adapter, or one that an engine cannot serve.
         """
+        if cls.is_url(source):
+            return cls._from_url(source)
         try:
             config = PeftConfig.from_pretrained(source)
             tensors = load_peft_weights(source, device="cpu")
@@ -71,6 +78,20 @@ class Adapter:
         if not isinstance(config, ReftConfig):
             raise ValueError(f"{source!r} holds a {config.peft_type} adapter, not a ReFT adapter.")
         return cls.of(config, tensors, source)
+
+    @staticmethod
+    def is_url(source: str) -> bool:
+        """Whether a source is an adapter itself, see `to_url`."""
+        return source.startswith(_URL)
+
+    @classmethod
+    def _from_url(cls, url: str) -> Adapter:
+        settings, _, tensors = url.removeprefix(_URL).partition(";base64,")
+        try:
+            given = json.loads(unquote(settings))
+            return cls.of(ReftConfig(**given), safetensors.torch.load(base64.b64decode(tensors, validate=True)))
+        except Exception as error:
+            raise ValueError(f"The adapter in {url[:80]!r}... is broken: {type(error).__name__}: {error}") from error
 
     @classmethod
     def of(cls, config: ReftConfig, tensors: Mapping[str, torch.Tensor], source: str = "the adapter") -> Adapter:
@@ -106,12 +127,23 @@ class Adapter:
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
         """An adapter of a model in memory, as it is now: training may go on while it is served.
 
+        Its strength there is not part of it: a request has a strength of its own.
+
         Raises:
-            ValueError: as `of`.
+            ValueError: as `of`; or some of its subspaces are switched off.
         """
         config = model.peft_config[adapter_name]
         if not isinstance(config, ReftConfig):
             raise ValueError(f"{adapter_name!r} is a {config.peft_type} adapter, not a ReFT adapter.")
+        if any(
+            settings.coordinates is not None
+            for layer in layers(model)
+            if (settings := layer.reft_settings.get(adapter_name)) is not None
+        ):
+            raise ValueError(
+                f"The adapter {adapter_name!r} has subspaces switched off, which cannot be served. Switch all on with "
+                f"set_subspaces({adapter_name!r}, None)."
+            )
         # Copies: the optimizer writes into the parameters.
         tensors = {name: t.clone() for name, t in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
         return cls.of(config, tensors, adapter_name)
@@ -143,6 +175,11 @@ class Adapter:
     def unpack(cls, settings: str, tensors: bytes) -> Adapter:
         return cls(**json.loads(settings), tensors=safetensors.torch.load(tensors))
 
+    def to_url(self) -> str:
+        """The adapter itself, where a server takes the path of one: `load` reads it."""
+        settings, tensors = self.pack()
+        return f"{_URL}{quote(settings)};base64,{base64.b64encode(tensors).decode()}"
+
     @cached_property
     def places(self) -> dict[Place, dict[str, torch.Tensor]]:
         """The parameters by name, for each place that is edited."""
@@ -172,7 +209,7 @@ class Adapter:
         try:
             intervention.load_state_dict(parameters, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"Broken parameters of the edit at {place}: {error}") from error
+            raise ValueError(str(error)) from error
         return intervention.eval().requires_grad_(False)
 
 
@@ -201,7 +238,10 @@ def check(name: str, adapter: Adapter, hidden_size: int, layers: int) -> None:
             )
         if not {"projection", "scale"} & parameters.keys():
             raise ValueError(f"The adapter {name!r} is broken: parameters are missing at {place}.")
-        intervention = adapter.intervention_at(place)
+        try:
+            intervention = adapter.intervention_at(place)
+        except ValueError as error:
+            raise ValueError(f"The adapter {name!r} is broken at {place}: {error}") from error
         width = next(iter(intervention.parameters())).shape[-1]
         if width != hidden_size:
             raise ValueError(

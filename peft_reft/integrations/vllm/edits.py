@@ -32,6 +32,7 @@ class Batch(NamedTuple):
         size: `k`.
         gain: float32 `[g, 1, 1]`, the strength of each group; None where all are 1.
         kept: int64, which of the `g * k` tokens count; None for all.
+        order: int64, where each token of the pass is among `rows`, if these are all tokens; else None.
     """
 
     members: torch.Tensor | slice
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     size: int
     gain: torch.Tensor | None
     kept: torch.Tensor | None
+    order: torch.Tensor | None
 
 
 def factors_of(intervention: Intervention) -> dict[str, torch.Tensor]:
@@ -82,13 +84,25 @@ class Table:
     def remove(self, begin: int, end: int) -> None:
         self.factors = {name: torch.cat([old[:begin], old[end:]]) for name, old in self.factors.items()}
 
-    def edit(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The edits of `hidden` `[g, k, d]`, float32 `[g, k, d]`."""
+    def apply_(self, before: torch.Tensor, batch: Batch) -> None:
+        """Add their edits to `before` `[g * k, d]`, in place; in its dtype, the edits in float32."""
         own = {name: factor[batch.members] for name, factor in self.factors.items()}
-        edit = self._red(hidden, own) if "factor" in own else self._low_rank(hidden, own)
-        return edit if batch.gain is None else edit * batch.gain
+        groups = before.view(-1, batch.size, before.shape[-1])
+        hidden = groups.float()
+        if "factor" in own:
+            edit = own["factor"].unsqueeze(1) * hidden + own["shift"].unsqueeze(1)
+            edit = edit if batch.gain is None else edit * batch.gain
+        else:
+            target = self._target(hidden, own)
+            target = target if batch.gain is None else target * batch.gain
+            if hidden is groups:
+                groups.baddbmm_(target, own["left"])
+                return
+            edit = target @ own["left"]
+        groups.add_(edit.to(before.dtype))
 
-    def _low_rank(self, hidden: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _target(self, hidden: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The coordinates of the edits, `[g, k, r]`."""
         bias = own["bias"].unsqueeze(1)
         if "right" in own:
             target = torch.baddbmm(bias, hidden, own["right"].mT)
@@ -98,41 +112,41 @@ class Table:
             target = self.act_fn(target)
         if "removed" in own:
             target = target - hidden @ own["removed"].mT
-        return target @ own["left"]
-
-    @staticmethod
-    def _red(hidden: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
-        return own["factor"].unsqueeze(1) * hidden + own["shift"].unsqueeze(1)
+        return target
 
 
-def edit_rows(hidden: torch.Tensor, residual: torch.Tensor | None, batches: Iterable[tuple[Table, Batch]]) -> None:
+def edit_rows(
+    hidden: torch.Tensor, residual: torch.Tensor | None, batches: Iterable[tuple[Table, Batch]], whole: bool
+) -> None:
     """Edit some rows of `hidden + residual`, in place: they are in `hidden` then, and `residual` is zero there.
 
     Args:
         hidden: `[tokens, d]`.
         residual: as `hidden`, or None for zero.
         batches: the tokens that each table edits; no token is in two of them.
+        whole: whether all tokens are.
     """
-    for table, batch in batches:
-        if isinstance(batch.rows, slice):
-            _edit_slice(hidden[batch.rows], None if residual is None else residual[batch.rows], table, batch)
-            continue
-        before = hidden.index_select(0, batch.rows)
-        if residual is not None:
-            before = before + residual.index_select(0, batch.rows)
-        edit = table.edit(before.float().unflatten(0, (-1, batch.size)), batch).flatten(0, 1)
-        after, rows = before + edit.to(before.dtype), batch.rows
-        if batch.kept is not None:
-            after, rows = after.index_select(0, batch.kept), rows.index_select(0, batch.kept)
-        hidden.index_copy_(0, rows, after)
-        if residual is not None:
-            residual.index_fill_(0, rows, 0)
-
-
-def _edit_slice(hidden: torch.Tensor, residual: torch.Tensor | None, table: Table, batch: Batch) -> None:
-    """As `edit_rows`, for neighboring rows in the order of their groups: they need not be gathered."""
-    if residual is not None:
+    if whole and residual is not None:
         hidden.add_(residual)
         residual.zero_()
-    edit = table.edit(hidden.float().unflatten(0, (-1, batch.size)), batch).flatten(0, 1)
-    hidden.add_(edit.to(hidden.dtype))
+        residual = None
+    for table, batch in batches:
+        if isinstance(batch.rows, slice):
+            own = hidden[batch.rows]
+            if residual is not None:
+                own.add_(residual[batch.rows])
+                residual[batch.rows].zero_()
+            table.apply_(own, batch)
+            continue
+        before, rows = hidden.index_select(0, batch.rows), batch.rows
+        if residual is not None:
+            before.add_(residual.index_select(0, rows))
+        table.apply_(before, batch)
+        if batch.kept is not None:
+            before, rows = before.index_select(0, batch.kept), rows.index_select(0, batch.kept)
+        if batch.order is not None:  # faster than a copy by index
+            torch.index_select(before, 0, batch.order, out=hidden[: len(batch.order)])
+        else:
+            hidden.index_copy_(0, rows, before)
+        if residual is not None:
+            residual.index_fill_(0, rows, 0)

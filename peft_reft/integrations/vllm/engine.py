@@ -6,15 +6,12 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from peft_reft.integrations.vllm.adapters import Adapter
 from peft_reft.integrations.vllm.cache_keys import block_key
 from peft_reft.integrations.vllm.requests import Registry, Resolved
-from peft_reft.integrations.vllm.settings import ADAPTERS, NOT_SERVED, REQUEST, TARGETS, Settings
-
-logger = init_logger("vllm.peft_reft")
+from peft_reft.integrations.vllm.settings import ADAPTERS, NO_BEAMS, NOT_SERVED, REQUEST, TARGETS, Settings
 
 
 def prepare(config: VllmConfig, settings: Settings) -> None:
@@ -25,11 +22,10 @@ def prepare(config: VllmConfig, settings: Settings) -> None:
     """
     _check_configuration(config)
     registry = registry_of(config)
-    targets = set()
+    targets = set(settings.targets)
     for name, source in settings.adapters.items():
         adapter = registry.load(name, source)
         targets |= {f"{place.module} {place.side}" for place in adapter.places}
-        _compare_models(name, adapter, config)
     # Compiled models contain the edits, so what is edited has to be part of what they are cached by.
     config.additional_config = {**config.additional_config, TARGETS: sorted(targets)}
 
@@ -55,22 +51,10 @@ def _check_configuration(config: VllmConfig) -> None:
             raise ValueError(f"ReFT adapters ({ADAPTERS}) are not supported with {obstacle}.")
 
 
-def _compare_models(name: str, adapter: Adapter, config: VllmConfig) -> None:
-    own, served = adapter.base_model, config.model_config.model
-    if own and own.rstrip("/").rpartition("/")[2].lower() != served.rstrip("/").rpartition("/")[2].lower():
-        logger.warning(
-            "The ReFT adapter %r was trained on %r, but %r is served. Sizes agree; if these are different models, its "
-            "edits mean nothing.",
-            name,
-            own,
-            served,
-        )
-
-
 def registry_of(config: VllmConfig) -> Registry:
     """An empty registry for the model of a configuration."""
     model = config.model_config
-    return Registry(model.get_hidden_size(), model.get_total_num_hidden_layers())
+    return Registry(model.model, model.get_hidden_size(), model.get_total_num_hidden_layers())
 
 
 # In the process that takes requests.
@@ -106,6 +90,14 @@ def _process_inputs(
     return request
 
 
+def _beam_search(original: Any, self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    # Each step of vLLM's beam search is a request of its own, whose prompt holds what was generated before.
+    asked = (getattr(params, "extra_args", None) or {}).get(REQUEST)
+    if asked is not None:
+        raise VLLMValidationError(NO_BEAMS.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
+    return original(self, prompts, params, *args, **kwargs)
+
+
 # In the process of the scheduler.
 
 
@@ -113,7 +105,7 @@ def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> 
     # The step of the scheduler's start that has workers already. Plug-ins are loaded in the middle of its `__init__`.
     initialized = original(self, vllm_config)
     if Settings.of(vllm_config.additional_config) is not None:
-        self.reft, *others = (set(known) for known in self.collective_rpc("reft_fingerprints"))
+        self.reft, *others = (set(known) for known in self.collective_rpc("reft_try_out"))
         if any(known != self.reft for known in others):
             raise RuntimeError("The workers read different ReFT adapters: the folders changed while they started.")
     return initialized
@@ -169,6 +161,7 @@ def add_methods() -> None:
 WRAPPERS = {
     "vllm.v1.engine.input_processor:InputProcessor.__init__": _init_input_processor,
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": _process_inputs,
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": _beam_search,
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches": _initialize_kv_caches,
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": _preprocess_add_request,
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": _extra_keys,

@@ -46,8 +46,17 @@ class Entry(NamedTuple):
     first: int
 
 
+# What a site keeps: its entries by fingerprint. Sites that keep the same share the work of planning.
+Layout = frozenset[tuple[str, Entry]]
 # fingerprint, unit, strength
 Group = tuple[str, int, float]
+
+
+class SitePlan(NamedTuple):
+    """What is edited at a site: batches for its tables, and whether they are all tokens of the pass."""
+
+    batches: list[tuple[Kind, Batch]]
+    whole: bool
 
 
 class Plan:
@@ -61,39 +70,44 @@ class Plan:
 
     def __init__(self, requests: Mapping[str, Editing], chunks: Iterable[Chunk], device: torch.device) -> None:
         self.device = device
-        self.rows = _rows(requests, chunks)
-        self.fingerprints = sorted({fingerprint for fingerprint, _, _ in self.rows})
-        self._batches: dict[tuple, list[tuple[Kind, Batch]]] = {}
+        self.rows, self.tokens = _rows(requests, chunks)
+        self._sites: dict[Layout, SitePlan] = {}
 
-    def batches(self, entries: Mapping[str, Entry]) -> list[tuple[Kind, Batch]]:
-        """The batches of a site that keeps adapters (by fingerprint) there."""
-        key = tuple(entries.get(fingerprint) for fingerprint in self.fingerprints)
-        if key not in self._batches:
-            self._batches[key] = self._batched(entries)
-        return self._batches[key]
+    def at(self, layout: Layout) -> SitePlan:
+        """What is edited at a site that keeps so many adapters."""
+        if layout not in self._sites:
+            self._sites[layout] = self._planned(dict(layout))
+        return self._sites[layout]
 
-    def _batched(self, entries: Mapping[str, Entry]) -> list[tuple[Kind, Batch]]:
+    def _planned(self, entries: Mapping[str, Entry]) -> SitePlan:
         alike: dict[tuple[Kind, int], list[tuple[int, float, np.ndarray]]] = {}
+        edited = 0
         for (fingerprint, unit, strength), rows in self.rows.items():
             if fingerprint in entries:
                 kind, first = entries[fingerprint]
                 # Groups of up to twice the size of each other share a product, filled up to the largest.
                 alike.setdefault((kind, len(rows).bit_length()), []).append((first + unit, strength, rows))
-        return [(kind, self._batch(groups)) for (kind, _), groups in alike.items()]
+                edited += len(rows)
+        batches = [(kind, self._batch(groups)) for (kind, _), groups in alike.items()]
+        return SitePlan(batches, edited == self.tokens)
 
     def _batch(self, groups: list[tuple[int, float, np.ndarray]]) -> Batch:
         groups.sort(key=lambda group: group[:2])
         members, strengths, rows = zip(*groups, strict=True)
         sizes = [len(own) for own in rows]
         size = max(sizes)
-        filled = np.stack([np.pad(own, (0, size - len(own)), constant_values=own[0]) for own in rows])
-        kept = gain = None
+        filled = np.empty((len(rows), size), dtype=np.int64)
+        for line, own in zip(filled, rows, strict=True):
+            line[: len(own)], line[len(own) :] = own, own[0]
+        kept = gain = order = None
         if min(sizes) < size:
             kept = self._tensor(np.flatnonzero(np.arange(size) < np.array(sizes)[:, None]))
         if any(strength != 1 for strength in strengths):
             gain = self._tensor(np.array(strengths, dtype=np.float32))[:, None, None]
         places = self._tensor(filled.ravel()) if kept is not None else self._index(filled.ravel())
-        return Batch(self._index(np.array(members)), places, size, gain, kept)
+        if kept is None and filled.size == self.tokens:
+            order = self._tensor(np.argsort(filled.ravel()))
+        return Batch(self._index(np.array(members)), places, size, gain, kept, order)
 
     def _index(self, numbers: np.ndarray) -> slice | torch.Tensor:
         """A slice where the numbers follow each other: what they select need not be copied then."""
@@ -106,8 +120,8 @@ class Plan:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def _rows(requests: Mapping[str, Editing], chunks: Iterable[Chunk]) -> dict[Group, np.ndarray]:
-    """The rows of the pass that each group edits, int64."""
+def _rows(requests: Mapping[str, Editing], chunks: Iterable[Chunk]) -> tuple[dict[Group, np.ndarray], int]:
+    """The rows of the pass that each group edits, int64, and the number of all rows."""
     rows: dict[Group, list[np.ndarray]] = {}
     place = 0
     for request, begin, count in chunks:
@@ -117,4 +131,4 @@ def _rows(requests: Mapping[str, Editing], chunks: Iterable[Chunk]) -> dict[Grou
                 group = (editing.fingerprint, run.unit, editing.strength)
                 rows.setdefault(group, []).append(np.arange(place + run.begin - begin, place + run.end - begin))
         place += count
-    return {group: np.concatenate(parts) for group, parts in rows.items()}
+    return {group: np.concatenate(parts) for group, parts in rows.items()}, place

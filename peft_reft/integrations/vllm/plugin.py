@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from peft_reft.integrations.vllm import wrapping
@@ -17,6 +20,8 @@ _FLAG = "PEFT_REFT_SERVES"
 _SERVER = "vllm.entrypoints.openai.models.serving"
 
 _done: set[str] = set()
+# Arguments for engines that somebody else starts.
+_arguments: ContextVar[dict[str, Any] | None] = ContextVar("engine_arguments", default=None)
 
 
 def register() -> None:
@@ -54,7 +59,26 @@ def install() -> None:
     _done.update(("install", "refuse"))
 
 
+@contextmanager
+def engine_arguments(**arguments: Any) -> Iterator[None]:
+    """Arguments of vLLM's `EngineArgs` that engines started in this block get, whatever their maker gives.
+
+    Raises:
+        ValueError: raised by the engine, which has no such argument.
+    """
+    register()
+    token = _arguments.set(arguments)
+    try:
+        yield
+    finally:
+        _arguments.reset(token)
+
+
 def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    for name, value in (_arguments.get() or {}).items():
+        if not hasattr(self, name):
+            raise ValueError(f"vLLM's EngineArgs has no argument {name!r}.")
+        setattr(self, name, value)
     config = original(self, *args, **kwargs)
     settings = Settings.of(config.additional_config)
     if settings is None:

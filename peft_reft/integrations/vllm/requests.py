@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -12,6 +13,9 @@ from peft_reft.integrations.vllm.adapters import Adapter, check
 from peft_reft.integrations.vllm.plan import Editing
 from peft_reft.integrations.vllm.settings import ADAPTERS, REQUEST
 from peft_reft.tokens.positions import parse
+
+# Children of "vllm" get its log format.
+logger = logging.getLogger("vllm.peft_reft")
 
 _parsed = lru_cache(maxsize=1024)(parse)
 _FORMS = f"extra_args={{'{REQUEST}': 'name'}}, or {{'{REQUEST}': {{'name': 'name', 'strength': 0.5}}}}"
@@ -49,11 +53,11 @@ class Registry:
     """The adapters that requests can name, in the process that takes requests.
 
     Args:
-        hidden_size, layers: those of the served model.
+        model, hidden_size, layers: those of the served model.
     """
 
-    def __init__(self, hidden_size: int, layers: int) -> None:
-        self.hidden_size, self.layers = hidden_size, layers
+    def __init__(self, model: str, hidden_size: int, layers: int) -> None:
+        self.model, self.hidden_size, self.layers = model, hidden_size, layers
         self.adapters: dict[str, Resolved] = {}
         self.sources: dict[str, str] = {}
 
@@ -73,6 +77,15 @@ class Registry:
 
     def enter(self, name: str, adapter: Adapter, source: str) -> str | None:
         """Let requests name an adapter; returns the fingerprint that nothing is called by any longer."""
+        if adapter.base_model and _last_part(adapter.base_model) != _last_part(self.model):
+            # Not refused: a copy of the model may be called anything. PEFT and vLLM's LoRA do not compare names at all.
+            logger.warning(
+                "The ReFT adapter %r was trained on %r, but %r is served. Sizes agree; if these are different models, "
+                "its edits mean nothing.",
+                name,
+                adapter.base_model,
+                self.model,
+            )
         known = Resolved(name, adapter.fingerprint, adapter.positions, adapter.share_weights)
         before = self.adapters.get(name)
         self.adapters[name], self.sources[name] = known, source
@@ -115,3 +128,7 @@ class Registry:
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not isfinite(strength):
             raise ValueError(f"The strength of the ReFT adapter {known.name!r} must be a number, got {strength!r}.")
         return Resolved(**asdict(known) | {"strength": float(strength)})
+
+
+def _last_part(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2].lower()

@@ -6,6 +6,8 @@ request that got it is finished: every answer is made with one set of weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft_reft.integrations.vllm.adapters import Adapter
@@ -43,10 +45,8 @@ def add_adapter(llm: Any, name: str, adapter: str | Adapter) -> None:
     engine = _inner(llm)
     registry = _registry(engine)
     loaded = _loaded(registry, name, adapter)
-    try:
+    with _refusing(name):
         _call(engine.engine_core, "reft_add", name, *loaded.pack())
-    except Exception as error:
-        raise _refused(name, error) from error
     unused = registry.enter(name, loaded, _source(adapter))
     if unused is not None:
         _call(engine.engine_core, "reft_retire", unused)
@@ -68,10 +68,8 @@ async def add_adapter_async(engine: Any, name: str, adapter: str | Adapter) -> N
     """`add_adapter` for vLLM's `AsyncLLM`."""
     registry = _registry(engine)
     loaded = _loaded(registry, name, adapter)
-    try:
+    with _refusing(name):
         await engine.engine_core.call_utility_async("reft_add", name, *loaded.pack())
-    except Exception as error:
-        raise _refused(name, error) from error
     unused = registry.enter(name, loaded, _source(adapter))
     if unused is not None:
         await engine.engine_core.call_utility_async("reft_retire", unused)
@@ -92,12 +90,20 @@ def _loaded(registry: Registry, name: str, adapter: str | Adapter) -> Adapter:
 
 
 def _source(adapter: str | Adapter) -> str:
-    return _IN_MEMORY if isinstance(adapter, Adapter) else str(adapter)
+    return _IN_MEMORY if isinstance(adapter, Adapter) or Adapter.is_url(str(adapter)) else str(adapter)
 
 
-def _refused(name: str, error: Exception) -> ValueError:
-    # Errors of another process arrive as text.
-    return ValueError(f"The engine cannot serve the ReFT adapter {name!r}: {error}")
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        # Errors of another process arrive as text.
+        raise ValueError(f"The engine cannot serve the ReFT adapter {name!r}: {error}") from error
 
 
 def _inner(llm: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A request names an adapter as its `model`, as `"reft": "name"` or `"reft": {"name": ..., "strength": ...}`, or among
 `vllm_xargs`. The routes `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` (open where vLLM's environment variable
-VLLM_ALLOW_RUNTIME_LORA_UPDATING says so) take ReFT adapters too.
+VLLM_ALLOW_RUNTIME_LORA_UPDATING says so) take ReFT adapters too, by path or in the request (`Adapter.to_url`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from vllm.exceptions import VLLMValidationError
 
 from peft_reft.config import ReftConfig
+from peft_reft.integrations.vllm.adapters import Adapter
 from peft_reft.integrations.vllm.requests import Registry
 from peft_reft.integrations.vllm.runtime import add_adapter_async, remove_adapter_async
-from peft_reft.integrations.vllm.settings import REQUEST
+from peft_reft.integrations.vllm.settings import NO_BEAMS, REQUEST
 
 # The adapters that a server's requests can name; a process has one server.
 _served: Registry | None = None
@@ -52,10 +53,7 @@ def _to_sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
 
 def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if (asked := _asked(self)) is not None:
-        raise VLLMValidationError(
-            f"{REQUEST}={asked!r}: vLLM's beam search hands no adapter on. Leave use_beam_search out.",
-            parameter=REQUEST,
-        )
+        raise VLLMValidationError(NO_BEAMS.format(f"{REQUEST}={asked!r}"), parameter=REQUEST)
     return original(self, *args, **kwargs)
 
 
@@ -93,6 +91,8 @@ async def _unload_adapter(original: Any, self: Any, request: Any, *args: Any, **
 
 
 def _is_reft(source: str) -> bool:
+    if Adapter.is_url(source):
+        return True
     try:
         return isinstance(PeftConfig.from_pretrained(source), ReftConfig)
     except Exception:  # whatever is wrong with it, vLLM says so

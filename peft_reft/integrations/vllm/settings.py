@@ -15,6 +15,11 @@ TARGETS = "reft_targets"
 REQUEST = "reft"
 NOT_SERVED = f'{{}}: this engine serves no ReFT adapters. Start it with additional_config={{{{"{ADAPTERS}": ...}}}}.'
 
+NO_BEAMS = (
+    "{}: vLLM's beam search is many requests with growing prompts, in which the edited tokens would move. Sample "
+    "instead, or search with Transformers' generate(num_beams=...)."
+)
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.config import CompilationMode
+
 from peft_reft.integrations.vllm import wrapping
 from peft_reft.integrations.vllm.adapters import Adapter
 from peft_reft.integrations.vllm.plan import Chunk
 from peft_reft.integrations.vllm.settings import Settings
 from peft_reft.integrations.vllm.sites import BLOCK_OUTPUT, Target, attach, check_target, find_layers, target_of
-from peft_reft.integrations.vllm.worker import WorkerState, edit
+from peft_reft.integrations.vllm.worker import WorkerState, edit, edit_running
 
 
 def start(worker: Any, settings: Settings) -> WorkerState:
@@ -27,7 +29,8 @@ def start(worker: Any, settings: Settings) -> WorkerState:
     targets |= {Target(*target.split(" ")) for target in settings.targets}
     for target in targets:
         check_target(target, next(iter(layers.values())), worker.parallel_config.tensor_parallel_size)
-    names = attach(layers, targets, hidden_size, edit)
+    eager = worker.vllm_config.compilation_config.mode == CompilationMode.NONE
+    names = attach(layers, targets, hidden_size, edit_running if eager else edit)
     state = WorkerState(names, targets, set(layers), hidden_size, depth, worker.device, settings.memory_mib)
     for name, source in settings.adapters.items():
         state.add(name, Adapter.load(source))
@@ -80,7 +83,8 @@ def _execute_model(original: Any, self: Any, scheduler_output: Any) -> Any:
         return original(self, scheduler_output)
 
 
-def _reft_fingerprints(self: Any) -> list[str]:
+def _reft_try_out(self: Any) -> list[str]:
+    self.reft.try_out(self.execute_dummy_batch)
     return sorted(self.reft.adapters)
 
 
@@ -98,7 +102,7 @@ def add_methods() -> None:
 
     # What engines keep that were started before this.
     Worker.reft = None
-    Worker.reft_fingerprints, Worker.reft_add, Worker.reft_retire = _reft_fingerprints, _reft_add, _reft_retire
+    Worker.reft_try_out, Worker.reft_add, Worker.reft_retire = _reft_try_out, _reft_add, _reft_retire
 
 
 WRAPPERS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from peft_reft.integrations.vllm.adapters import Adapter, check
 from peft_reft.integrations.vllm.edits import Kind, Table, edit_rows, factors_of, kind_of
-from peft_reft.integrations.vllm.plan import Chunk, Editing, Entry, Plan
+from peft_reft.integrations.vllm.plan import Chunk, Editing, Entry, Layout, Plan
 from peft_reft.integrations.vllm.requests import Resolved
 from peft_reft.integrations.vllm.settings import MEMORY
 from peft_reft.integrations.vllm.sites import Target
@@ -30,11 +30,13 @@ class Site:
     def __init__(self) -> None:
         self.tables: dict[Kind, Table] = {}
         self.entries: dict[str, Entry] = {}
+        self.layout: Layout = frozenset()
 
     def add(self, fingerprint: str, kind: Kind, factors: dict[str, torch.Tensor]) -> None:
         table = self.tables.setdefault(kind, Table(kind))
         self.entries[fingerprint] = Entry(kind, len(table))
         table.append(factors)
+        self.layout = frozenset(self.entries.items())
 
     def remove(self, fingerprint: str) -> None:
         entry = self.entries.pop(fingerprint, None)
@@ -49,6 +51,7 @@ class Site:
                 self.entries[other] = own._replace(first=own.first - (end - entry.first))
         if not len(table):
             del self.tables[entry.kind]
+        self.layout = frozenset(self.entries.items())
 
 
 class WorkerState:
@@ -83,7 +86,10 @@ class WorkerState:
         self.adapters: dict[str, int] = {}
         # fingerprint -> unfinished requests that still need an adapter that was taken away
         self.retired: dict[str, set[str]] = {}
-        self._seen: set[str] = set()
+        # Until the model was tried out: adapters; while it is: the places that it has called; from then on: the others.
+        self._untried: list[tuple[str, Adapter]] = []
+        self._called: set[str] | None = None
+        self._never_called: set[str] | None = None
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Keep an adapter from now on.
@@ -96,6 +102,10 @@ class WorkerState:
             return
         check(name, adapter, self.hidden_size, self.layers)
         self._check_targets(name, adapter)
+        if self._never_called is None:
+            self._untried.append((name, adapter))
+        else:
+            self._check_called(name, adapter)
         made = list(self._made(adapter))
         size = sum(factor.nbytes for _, _, factors in made for factor in factors.values())
         total = size + sum(self.adapters.values())
@@ -107,6 +117,7 @@ class WorkerState:
             )
         for site, kind, factors in made:
             site.add(adapter.fingerprint, kind, factors)
+        self._share_layouts()
         self.adapters[adapter.fingerprint] = size
         logger.info(
             "ReFT adapter %r: %s on %r at %d places of this worker, %.1f MiB (%d adapters, %.1f of %d MiB).",
@@ -147,11 +158,18 @@ class WorkerState:
             self.retired[fingerprint] = set(requests)
             self._drop_unused()
 
+    def _share_layouts(self) -> None:
+        """Have equal layouts be one object, which is found faster."""
+        layouts: dict[Layout, Layout] = {}
+        for site in self.sites.values():
+            site.layout = layouts.setdefault(site.layout, site.layout)
+
     def _drop_unused(self) -> None:
         for fingerprint in [fingerprint for fingerprint, waiting in self.retired.items() if not waiting]:
             for site in self.sites.values():
                 site.remove(fingerprint)
             del self.retired[fingerprint], self.adapters[fingerprint]
+        self._share_layouts()
 
     def follow(self, scheduler_output: Any) -> None:
         """Take up new requests of vLLM's `SchedulerOutput`, and forget finished ones."""
@@ -179,27 +197,40 @@ class WorkerState:
         outer, _running = _running, self
         try:
             yield
-            self._check_all_seen()
         finally:
             _running, self.plan = outer, None
 
-    def _check_all_seen(self) -> None:
-        """A model may use a module's weight without calling the module: then nothing was edited there."""
-        if self.plan is None or not self.plan.rows or len(self._seen) == len(self.sites):
-            return
-        missed = [name for name, site in self.sites.items() if site.entries and name not in self._seen]
+    def try_out(self, dummy_pass: Callable[[], Any]) -> None:
+        """See what the model calls: it may use a module's weight without calling the module, which edits nothing then.
+
+        Raises:
+            ValueError: an adapter edits what is not called.
+        """
+        self._called = called = set()
+        with self.running():
+            dummy_pass()
+        self._never_called = self.sites.keys() - called
+        self._called = None
+        for name, adapter in self._untried:
+            self._check_called(name, adapter)
+        self._untried.clear()
+
+    def _check_called(self, name: str, adapter: Adapter) -> None:
+        missed = [place for place in adapter.places if str(place) in self._never_called]
         if missed:
-            raise RuntimeError(
-                f"vLLM's model did not call what ReFT adapters edit ({missed[0]} and {len(missed) - 1} others), so "
-                "their answers would be wrong. This model cannot be served with these adapters."
+            raise ValueError(
+                f"The adapter {name!r} edits the {missed[0].side} of {missed[0].module or 'layers'!r}, which vLLM's "
+                f"model does not call ({missed[0]} and {len(missed) - 1} others): it fuses it with what comes before "
+                "or behind, and nothing would be edited. Edit the layers' output (block_output) instead."
             )
 
     def edit(self, hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
         site = self.sites[name]
-        self._seen.add(name)
+        if self._called is not None:
+            self._called.add(name)
         if self.plan is not None and self.plan.rows and site.entries:
-            batches = self.plan.batches(site.entries)
-            edit_rows(hidden, residual, ((site.tables[kind], batch) for kind, batch in batches))
+            batches, whole = self.plan.at(site.layout)
+            edit_rows(hidden, residual, [(site.tables[kind], batch) for kind, batch in batches], whole)
 
 
 def edit_running(hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:

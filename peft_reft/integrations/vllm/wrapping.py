@@ -15,6 +15,7 @@ ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 FRONT = {
     "vllm.v1.engine.input_processor:InputProcessor.__init__": ("self", "vllm_config"),
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": ("self", "prompts", "params"),
 }
 CORE = {
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ("self", "vllm_config"),
@@ -35,6 +36,7 @@ CORE = {
 WORKER = {
     "vllm.v1.worker.gpu_worker:Worker.load_model": ("self", "load_dummy_weights"),
     "vllm.v1.worker.gpu_worker:Worker.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch": ("self",),
 }
 SERVER = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.is_base_model": ("self", "model_name"),
