@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -121,7 +122,8 @@ def _check_python(argv):
     if module and target == "pytest":
         return
     if module and target == "peft_reft.run":
-        return _check_peft_reft(["peft-reft", "run", *arguments])
+        _check_peft_reft(["peft-reft", "run", *arguments])
+        return
     assert module or (ROOT / target).is_file()
     help_text = _help(target, module)
     for option in _options(arguments):
@@ -132,20 +134,21 @@ def _options(arguments: list[str]) -> list[str]:
     return [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
 
 
-def _help(target: str, module: bool, cache: dict[str, str] = {}) -> str:  # noqa: B006  kept between calls
-    if target not in cache:
-        output, path, argv = io.StringIO(), list(sys.path), sys.argv
-        try:
-            sys.argv = [target, "--help"]
-            sys.path.insert(0, str((ROOT / target).parent))
-            with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-                runpy.run_module(target, run_name="__main__") if module else runpy.run_path(
-                    str(ROOT / target), run_name="__main__"
-                )
-        finally:
-            sys.path, sys.argv = path, argv
-        cache[target] = output.getvalue()
-    return cache[target]
+@functools.cache
+def _help(target: str, module: bool) -> str:
+    """What a script or module prints with --help, run in this process."""
+    output, path, argv = io.StringIO(), list(sys.path), sys.argv
+    try:
+        sys.argv = [target, "--help"]
+        sys.path.insert(0, str((ROOT / target).parent))
+        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            if module:
+                runpy.run_module(target, run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / target), run_name="__main__")
+    finally:
+        sys.path, sys.argv = path, argv
+    return output.getvalue()
 
 
 @check("peft-reft")
