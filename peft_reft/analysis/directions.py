@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_reft.sites import BlockList, only_block_list
+from peft_reft.components import OUTPUT
+from peft_reft.layouts import first_tensor
+from peft_reft.places import place_of_block
+from peft_reft.stacks import BlockList, only_block_list
 
 _BATCH = 16
 
@@ -79,9 +84,9 @@ def _mean_states(
     numbers: Sequence[int],
 ) -> torch.Tensor:
     """Mean over texts of the last token's state behind each of the blocks, float32 `[layers, d]`."""
-    total = torch.zeros(len(numbers), block_list.hidden_size)
+    total = torch.zeros(())
     for begin in range(0, len(texts), _BATCH):
-        total += _last_states(model, block_list, tokenizer, texts[begin : begin + _BATCH], numbers).sum(1)
+        total = total + _last_states(model, block_list, tokenizer, texts[begin : begin + _BATCH], numbers).sum(1)
     return total / len(texts)
 
 
@@ -102,13 +107,21 @@ def _last_states(
     mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
     states: dict[int, torch.Tensor] = {}
 
-    def keep(number: int, output: torch.Tensor | tuple) -> None:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
+    def keep(number: int, hidden: torch.Tensor) -> torch.Tensor:
         last = hidden[torch.arange(len(texts), device=hidden.device), (lengths - 1).to(hidden.device)]
         states[number] = last.float().cpu()
+        return hidden
+
+    def watch(number: int, output: Any) -> None:
+        layout = place_of_block(block_list, number, OUTPUT).layout
+        hidden = first_tensor(output)
+        if layout is None:
+            keep(number, hidden)
+        else:
+            layout.edit(hidden, tuple(padded.shape), partial(keep, number))
 
     handles = [
-        block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in numbers
+        block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: watch(n, output)) for n in numbers
     ]
     device = next(model.parameters()).device
     try:
@@ -117,4 +130,6 @@ def _last_states(
     finally:
         for handle in handles:
             handle.remove()
+    if unseen := [block_list.names[n] for n in numbers if n not in states]:
+        raise ValueError(f"{type(model).__name__} calls {unseen[0]!r} past its hooks, so its states cannot be read.")
     return torch.stack([states[n] for n in numbers])

@@ -380,9 +380,9 @@ class Decoded(Stream):
     def _is_cut(self, hidden: torch.Tensor) -> bool:
         return self.tokens is not None and super()._is_cut(hidden)
 
-    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+    def check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
         if self.tokens is not None:
-            super()._check_shape(positions, hidden, name)
+            super().check_shape(positions, hidden, name)
 
 
 def _running_trainer() -> Any | None:
