@@ -1,0 +1,161 @@
+"""Every architecture of the installed Transformers, one line each: what works, what does not, and why.
+
+    python tests/architectures.py                          # all of them
+    python tests/architectures.py --only LlamaForCausalLM,xlnet
+    python tests/architectures.py --kinds causal,multimodal --jobs 2
+    python tests/architectures.py --write                  # the table in docs/architectures.md
+
+Model classes are those of Transformers' automatic mappings, so new ones are picked up by themselves. The exit status is
+1 if a class fails that `KNOWN` does not list; it lists faults of the base models, by name, each with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from architecture_checks import Checks
+from subjects import MAPPINGS, Subject, architectures, build
+
+_TIMEOUT = 120
+FOLDER = Path(__file__).parent
+# Class, or model_type -> why the sweep cannot show it to be whole: faults of the base model, never ours.
+KNOWN: dict[str, str] = {}
+
+
+def _work(kind: str, model_type: str, name: str, connection: Connection) -> None:
+    """Check one class in a process of its own; sends what is known so far after each check."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    row = {"kind": kind, "model_type": model_type, "class": name, "state": "building", "checks": {}, "notes": {}}
+    try:
+        model = build(model_type, name)
+        row["state"] = "built"
+        checks = Checks(Subject(kind, model))
+        row["state"] = "runs"
+        row["notes"] = checks.notes
+        for check, run in checks.all().items():
+            started = time.time()
+            row["checks"][check] = _result(run)
+            row["notes"]["seconds"] = row["notes"].get("seconds", 0) + time.time() - started
+            connection.send(row)
+    except Exception as error:
+        row["notes"]["error"] = _told(error)
+    row["done"] = True
+    connection.send(row)
+
+
+def _result(check) -> str:  # noqa: ANN001
+    try:
+        return check() or "ok"
+    except Exception as error:
+        return f"FAIL: {error if isinstance(error, AssertionError) else _told(error)}"
+
+
+def _told(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:300]} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def sweep(jobs: list[tuple[str, str, str]], processes: int) -> Iterator[dict]:
+    """The row of each class, in the order in which they are done."""
+    context, waiting, running = multiprocessing.get_context("fork"), list(reversed(jobs)), []
+    while waiting or running:
+        while waiting and len(running) < processes:
+            job = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_silent, args=(*job, sender))
+            process.start()
+            sender.close()
+            running.append(
+                (process, receiver, time.time(), dict(zip(("kind", "model_type", "class"), job, strict=True)))
+            )
+        for entry in list(running):
+            process, receiver, started, row = entry
+            row.update(_received(receiver))
+            late = time.time() - started > _TIMEOUT
+            if process.is_alive() and not late and not row.get("done"):
+                continue
+            process.kill()
+            process.join()
+            row.update(_received(receiver))
+            running.remove(entry)
+            if not row.get("done"):
+                row.setdefault("checks", {})["whole"] = f"FAIL: {'too long' if late else f'died {process.exitcode}'}"
+            yield row
+        time.sleep(0.02)
+
+
+def _silent(*job) -> None:  # noqa: ANN002
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    _work(*job)
+
+
+def _received(receiver: Connection) -> dict:
+    row = {}
+    try:
+        while receiver.poll(0.01):
+            row = receiver.recv()
+    except (EOFError, OSError):
+        pass
+    return row
+
+
+def failures(row: dict) -> dict[str, str]:
+    """Name of each check of a row that failed -> how."""
+    failed = {name: said for name, said in row.get("checks", {}).items() if said.startswith("FAIL")}
+    return failed if row.get("state") == "runs" else failed | {"base": row.get("notes", {}).get("error", "")}
+
+
+def line_of(row: dict) -> str:
+    failed = failures(row)
+    known = KNOWN.get(row["class"], KNOWN.get(row["model_type"])) if failed else None
+    passed = sum(name not in failed for name in row.get("checks", {}))
+    said = "; ".join(f"{name}: {how.removeprefix('FAIL: ')[:160]}" for name, how in failed.items())
+    state = "ok" if not failed else "known" if known else "FAIL"
+    return f"{state:5s} {row['kind']:11s} {row['model_type']:28s} {row['class']:48s} {passed:2d} {said}".rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", default=",".join(MAPPINGS))
+    parser.add_argument("--only", default="", help="classes or model types, with commas between them")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--rows", type=Path, help="a file for all rows, as lines of JSON")
+    parser.add_argument("--write", action="store_true", help="write the table of the manual")
+    arguments = parser.parse_args()
+    jobs = list(architectures(arguments.kinds.split(",")))
+    if arguments.only:
+        jobs = [job for job in jobs if {*job[1:]} & set(arguments.only.split(","))]
+    rows = []
+    for row in sweep(jobs, arguments.jobs):
+        rows.append(row)
+        print(f"{len(rows):4d}/{len(jobs)} {line_of(row)}", flush=True)
+        if arguments.rows:
+            with arguments.rows.open("a") as file:
+                file.write(json.dumps(row, default=str) + "\n")
+    counts = Counter(line_of(row).split()[0] for row in rows)
+    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    return int(counts["FAIL"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
