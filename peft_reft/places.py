@@ -10,13 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_reft.families import Placement, placement_of
-from peft_reft.layouts import Layout
+from peft_reft.layouts import Axes, Layout
+from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places
 from peft_reft.stacks import BlockList
 
 _CONFIGURED = (
     "the hidden size in the model's configuration. Target a module that tells its own width in target_modules "
     "(nn.Linear, nn.Embedding, a normalization layer)"
 )
+_PROBED = "as a pass through a copy of the model without weights tells. Target another module"
 _OWN = "the width that this module tells. Target another module, or, if it is one of yours, correct its out_features"
 _REMEDY = (
     "Give it an integer attribute out_features, or target a module that has one (nn.Linear, nn.Embedding, a "
@@ -41,19 +43,72 @@ class Place:
     told_by: str = _CONFIGURED
 
 
-def place_of_block(blocks: BlockList, index: int, side: str) -> Place:
-    """What a block is given (`side="input"`) or puts out.
+class Places:
+    """What the blocks of one stack are given and put out.
 
-    Raises:
-        ValueError: how wide that is cannot be told.
+    Args:
+        model: the model that holds the stack.
+        blocks: the stack.
     """
-    width = hidden_size(blocks.owner[1])
-    if width is None:
-        raise ValueError(_untold(blocks.names[index], blocks.blocks[index]))
-    placement = _placement(blocks, index)
-    if placement is None:
-        return Place(width)
-    return Place(width * placement.streams, placement.layout, placement.reason)
+
+    def __init__(self, model: PreTrainedModel, blocks: BlockList) -> None:
+        self.model = model
+        self.blocks = blocks
+        self._shapes: list[Shapes] | None = None
+
+    def of_block(self, index: int, side: str) -> Place:
+        """What a block is given (`side="input"`) or puts out.
+
+        Raises:
+            ValueError: how wide that is cannot be told.
+        """
+        blocks, owner = self.blocks, self.blocks.owner[1]
+        placement = _placement(blocks, index)
+        if placement is None and takes_places(owner):
+            if (place := self._probed(blocks.names[index], side)) is not None:
+                return place
+            if not _alike(blocks.blocks):
+                raise ValueError(_untold(blocks.names[index], blocks.blocks[index]))
+        width = hidden_size(owner)
+        if width is None:
+            raise ValueError(_untold(blocks.names[index], blocks.blocks[index]))
+        if placement is None:
+            return Place(width)
+        return Place(width * placement.streams, placement.layout, placement.reason)
+
+    def _probed(self, name: str, side: str) -> Place | None:
+        """What a pass without numbers tells of a block."""
+        if self._shapes is None:
+            self._shapes = self._probe()
+        shapes = [found[name, side] for found in self._shapes if (name, side) in found]
+        if not shapes or len(shapes[0]) < 2:
+            return None
+        axis = axis_of_features(shapes[0], shapes[1] if len(shapes) > 1 else None)
+        features, last = shapes[0][axis], len(shapes[0]) - 1
+        if axis == last:
+            return Place(features, told_by=_PROBED)
+        order = "b" + "".join("d" if i == axis else "hwft"[i - 2] for i in range(1, last + 1))
+        return Place(features, Axes(order), "its blocks work on features before places", _PROBED)
+
+    def _probe(self) -> list[Shapes]:
+        """By the innermost model around the stack that runs on its own."""
+        parts = self.blocks.owner[0].split(".") if self.blocks.owner[0] else []
+        for length in range(len(parts), -1, -1):
+            prefix = ".".join(parts[:length])
+            model = self.model.get_submodule(prefix)
+            if not isinstance(model, PreTrainedModel) or not takes_places(model):
+                continue
+            inside = {name: name[len(prefix) + 1 if prefix else 0 :] for name in self.blocks.names}
+            if found := shapes_of(model, list(inside.values())):
+                outside = {short: name for name, short in inside.items()}
+                return [{(outside[short], side): s for (short, side), s in shapes.items()} for shapes in found]
+        return []
+
+
+def _alike(blocks: tuple[nn.Module, ...]) -> bool:
+    """Whether all blocks have parameters of the same shapes, and so the same width."""
+    shapes = [[tuple(parameter.shape) for parameter in block.parameters()] for block in blocks]
+    return all(other == shapes[0] for other in shapes)
 
 
 def place_of_part(blocks: BlockList, index: int, name: str, module: nn.Module) -> Place:

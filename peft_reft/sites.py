@@ -15,7 +15,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.families import part_of_layer
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
-from peft_reft.places import Place, is_called_past_hooks, place_of_block, place_of_part, place_outside
+from peft_reft.places import Place, Places, is_called_past_hooks, place_of_part, place_outside
 from peft_reft.stacks import BlockList, block_lists, is_encoder_decoder, streams_of
 
 
@@ -179,11 +179,11 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
     sites: list[Site] = []
     without: dict[str, list[str]] = {}
     for stack in lists:
-        past_hooks = is_called_past_hooks(model, stack)
+        places, past_hooks = Places(model, stack), is_called_past_hooks(model, stack)
         for index in sorted(_indices(len(stack.blocks), config)):
             part = _part(stack, index, component)
             if isinstance(part, Part):
-                sites.append(_site_of_part(stack, index, part, past_hooks))
+                sites.append(_site_of_part(places, index, part, past_hooks))
             else:
                 kind = type(stack.blocks[index]).__name__
                 without.setdefault(f"{kind}: {part}", []).append(f"{stack.names[index]}")
@@ -211,7 +211,8 @@ def _part(stack: BlockList, index: int, component: str) -> Part | str:
     return "no module is given what the layer is" if name is None else Part(name, stack.owner[1].get_submodule(name))
 
 
-def _site_of_part(stack: BlockList, index: int, part: Part, past_hooks: bool) -> Site:
+def _site_of_part(places: Places, index: int, part: Part, past_hooks: bool) -> Site:
+    stack = places.blocks
     common = {"stream": stack.stream, "side": part.side, "index": index, "depth": len(stack.blocks)}
     if stack.is_loose:
         prefix = stack.owner[0]
@@ -219,7 +220,7 @@ def _site_of_part(stack: BlockList, index: int, part: Part, past_hooks: bool) ->
         return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
     name = stack.names[index]
     if not part.name:
-        place = place_of_block(stack, index, part.side)
+        place = places.of_block(index, part.side)
         return Site(name, part.module, place, is_block=True, past_hooks=past_hooks, **common)
     name = f"{name}.{part.name}"
     return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
@@ -297,7 +298,7 @@ def _named_site(
     common = {"stream": stream, "index": index, "depth": len(home.blocks)}
     if name != home.names[index] or home.is_loose:
         return Site(name, module, place_of_part(home, index, name, module), **common)
-    place = place_of_block(home, index, OUTPUT)
+    place = Places(model, home).of_block(index, OUTPUT)
     return Site(name, module, place, is_block=True, past_hooks=is_called_past_hooks(model, home), **common)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_reft.components import OUTPUT
 from peft_reft.layouts import first_tensor
-from peft_reft.places import place_of_block
+from peft_reft.places import Places
 from peft_reft.stacks import BlockList, only_block_list
 
 _BATCH = 16
@@ -106,6 +106,7 @@ def _last_states(
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
     mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
     states: dict[int, torch.Tensor] = {}
+    places = Places(model, block_list)
 
     def keep(number: int, hidden: torch.Tensor) -> torch.Tensor:
         last = hidden[torch.arange(len(texts), device=hidden.device), (lengths - 1).to(hidden.device)]
@@ -113,7 +114,7 @@ def _last_states(
         return hidden
 
     def watch(number: int, output: Any) -> None:
-        layout = place_of_block(block_list, number, OUTPUT).layout
+        layout = places.of_block(number, OUTPUT).layout
         hidden = first_tensor(output)
         if layout is None:
             keep(number, hidden)
