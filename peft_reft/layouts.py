@@ -100,9 +100,10 @@ class Elsewhere:
 
 
 def first_tensor(output: Any) -> Any:
-    """The hidden representations in what a module is given or returns: its first value, unless it is one itself."""
-    values = output.values() if isinstance(output, Mapping) else output
-    return output if isinstance(output, torch.Tensor) else next(iter(values), None)
+    """The hidden representations in what a module is given or returns: the first value in it, or itself."""
+    while isinstance(output, (Mapping, tuple, list)):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+    return output
 
 
 def hidden_of(output: Any, complaint: str) -> torch.Tensor:
@@ -130,7 +131,8 @@ def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
         return hidden
     if isinstance(output, Mapping):
         first = next(iter(output))
-        return type(output)({**output, first: hidden})
+        return type(output)({**output, first: with_hidden(output[first], hidden)})
+    first = with_hidden(output[0], hidden)
     if hasattr(output, "_replace"):  # namedtuple
-        return output._replace(**{output._fields[0]: hidden})
-    return type(output)((hidden, *output[1:]))
+        return output._replace(**{output._fields[0]: first})
+    return type(output)((first, *output[1:]))

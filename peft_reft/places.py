@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import unwrap
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_reft.families import Placement, placement_of
 from peft_reft.layouts import Axes, Layout
-from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places
+from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places, takes_tokens
 from peft_reft.stacks import BlockList
 
 _CONFIGURED = (
@@ -64,7 +65,7 @@ class Places:
         """
         blocks, owner = self.blocks, self.blocks.owner[1]
         placement = _placement(blocks, index)
-        if placement is None and takes_places(owner):
+        if placement is None and self._in_places():
             if (place := self._probed(blocks.names[index], side)) is not None:
                 return place
             if not _alike(blocks.blocks):
@@ -90,19 +91,30 @@ class Places:
         order = "b" + "".join("d" if i == axis else "hwft"[i - 2] for i in range(1, last + 1))
         return Place(features, Axes(order), "its blocks work on features before places", _PROBED)
 
+    def _in_places(self) -> bool:
+        """Whether the innermost model around the stack that takes input of its own takes no tokens."""
+        for _, part in self._around():
+            if takes_places(part) or takes_tokens(part):
+                return not takes_tokens(part)
+        return False
+
     def _probe(self) -> list[Shapes]:
         """By the innermost model around the stack that runs on its own."""
+        for prefix, part in self._around():
+            if not takes_places(part):
+                continue
+            inside = {name[len(prefix) + 1 if prefix else 0 :]: name for name in self.blocks.names}
+            if found := shapes_of(part, list(inside)):
+                return [{(inside[short], side): s for (short, side), s in shapes.items()} for shapes in found]
+        return []
+
+    def _around(self) -> Iterator[tuple[str, PreTrainedModel]]:
+        """The models around the stack, the innermost first, by their names."""
         parts = self.blocks.owner[0].split(".") if self.blocks.owner[0] else []
         for length in range(len(parts), -1, -1):
-            prefix = ".".join(parts[:length])
-            model = self.model.get_submodule(prefix)
-            if not isinstance(model, PreTrainedModel) or not takes_places(model):
-                continue
-            inside = {name: name[len(prefix) + 1 if prefix else 0 :] for name in self.blocks.names}
-            if found := shapes_of(model, list(inside.values())):
-                outside = {short: name for name, short in inside.items()}
-                return [{(outside[short], side): s for (short, side), s in shapes.items()} for shapes in found]
-        return []
+            name = ".".join(parts[:length])
+            if isinstance(part := self.model.get_submodule(name), PreTrainedModel):
+                yield name, part
 
 
 def _alike(blocks: tuple[nn.Module, ...]) -> bool:

@@ -7,7 +7,9 @@ their configurations tell that in one way, so a copy of the model without weight
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +26,11 @@ Shapes = dict[tuple[str, str], tuple[int, ...]]
 def takes_places(model: PreTrainedModel) -> bool:
     """Whether a model's input is an image, a video or a sound, rather than tokens."""
     return model.main_input_name in ("pixel_values", "pixel_values_videos", "input_values")
+
+
+def takes_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model takes token ids."""
+    return "input_ids" in inspect.signature(model.forward).parameters
 
 
 def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
@@ -53,19 +60,18 @@ def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
             lambda m, args, kwargs, name=name: keep(name, INPUT, args or kwargs), with_kwargs=True
         )
         module.register_forward_hook(lambda m, args, output, name=name: keep(name, OUTPUT, output))
+    outputs = {(name, OUTPUT) for name in names}
     for group in _inputs(twin):
-        ran = False
+        whole = False
         for inputs in group:
             found.clear()
-            try:
-                with torch.no_grad():
-                    twin(**inputs)
-            except Exception:
-                if found.keys() < {(name, OUTPUT) for name in names}:
-                    continue
-            ran = True
-            yield dict(found)
-        if ran:
+            # What fails behind the blocks does not matter.
+            with suppress(Exception), torch.no_grad():
+                twin(**inputs)
+            if found.keys() >= outputs:
+                whole = True
+                yield dict(found)
+        if whole:
             return
 
 
@@ -76,13 +82,13 @@ def _inputs(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
     channels = channels if isinstance(channels, int) else 3
     if name == "input_values":
         for leading in ((_BATCH, 1), (_BATCH,)):
-            yield [{name: _empty(*leading, length)} for length in (16000, 32000)]
+            yield [{name: _empty(*leading, length)} for length in (30720, 61440)]
         return
     size = _told(config, "image_size", "input_size", default=224)
     height, width = map(int, (size if isinstance(size, (tuple, list)) else (size, size))[-2:])
     frames = _told(config, "frames_per_clip", "num_frames", default=4)
     for leading in ((channels,), (frames, channels), (channels, frames)):
-        yield [{name: _empty(_BATCH, *leading, n * height, n * width)} for n in (1, 2)]
+        yield [{name: _empty(_BATCH, *leading, n * height, n * width)} for n in (1, 2, 4)]
 
 
 def _empty(*shape: int) -> torch.Tensor:

@@ -179,8 +179,8 @@ class Checks:
                     break
                 edited, plain = states
                 changed = (edited != plain).any(-1)
-                while changed.dim() > 2:  # several streams
-                    changed = changed.any(-1)
+                if changed.dim() == 3:  # several streams, behind or before batch and tokens
+                    changed = changed.any(0 if changed.shape[1] == len(lengths) else -1)
                 told = _told(batch["attention_mask"]) if spec == "f1+l1" else _first_two(changed)
                 assert changed.shape == told.shape, f"hidden states {tuple(edited.shape)}"
                 assert torch.equal(changed, told), f"{spec} edits {changed.int().tolist()}, told {told.int().tolist()}"

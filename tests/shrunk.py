@@ -114,8 +114,9 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {**_ROPE, "mrope_section": [1, 1, 2]}
 _IMAGE_WORDS = {"<image>": 4, "<|extra_200|>": 5, **{f"<|visual token {i:06d}|>": 40 + i for i in range(32)}}
 _GEMMA4 = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 128}
-_DBRX = DbrxAttentionConfig(kv_n_heads=2)
+_DBRX = DbrxAttentionConfig(kv_n_heads=2, clip_qkv=8)
 _DBRX.rope_theta = 10000.0
+_SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "image_size": 32, "patch_size": 2}
 _CONVOLUTIONS = {"conv_kernel": [3, 3, 3]}
 # What families need beyond that: model_type -> fields.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -175,12 +176,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "neomme": {"head_dim": 16},
     "wav2vec2": {"conv_kernel": [3, 3, 3], "num_feat_extract_layers": 3},
+    "wav2vec2-bert": {"vocab_size": VOCAB},
+    "autoformer": {"prediction_length": 8},
+    "informer": {"prediction_length": 8},
+    "time_series_transformer": {"prediction_length": 8},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
+    "donut-swin": _SWIN,
+    "maskformer-swin": _SWIN,
+    "swin2sr": {"embed_dim": 48, "depths": [2, 2], "num_heads": [6, 6]},
+    "sam2_hiera_det_model": {"hidden_size": 96},
+    "mimi": {"upsample_groups": HIDDEN},
+    "perceiver": {
+        "num_cross_attention_heads": 1,
+        "num_self_attention_heads": 4,
+        "num_latents": 16,
+        "d_latents": HIDDEN,
+        "num_self_attends_per_block": 2,
+    },
     "hubert": _CONVOLUTIONS,
     "wavlm": _CONVOLUTIONS,
     "unispeech": _CONVOLUTIONS,
     "unispeech-sat": _CONVOLUTIONS,
     "data2vec-audio": _CONVOLUTIONS,
-    "wav2vec2-conformer": _CONVOLUTIONS,
+    "wav2vec2-conformer": _CONVOLUTIONS | {"vocab_size": VOCAB},
     "sew": _CONVOLUTIONS,
     "sew-d": _CONVOLUTIONS,
 }

@@ -97,6 +97,17 @@ def main_output(output: Any) -> torch.Tensor | None:
     return next(floats, None)
 
 
+_OF_TOKENS = {
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "bbox",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "use_cache",
+}
+
+
 @dataclass
 class Subject:
     """A model, and how it is called.
@@ -128,14 +139,7 @@ class Subject:
                 continue
             if output is not None:
                 self.inputs = inputs
-                self.takes_tokens = "attention_mask" in inputs and inputs.keys() <= {
-                    "input_ids",
-                    "attention_mask",
-                    "decoder_input_ids",
-                    "bbox",
-                    "token_type_ids",
-                    "mm_token_type_ids",
-                }
+                self.takes_tokens = "attention_mask" in inputs and inputs.keys() <= _OF_TOKENS
                 self.takes_types = "token_type_ids" in inputs or "mm_token_type_ids" in inputs
                 return
         raise next(iter(errors), ValueError("forward takes nothing that is known here"))
@@ -149,6 +153,8 @@ class Subject:
             call |= {name: torch.zeros_like(ids) for name in names}
         if self.takes_positions:
             call["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if "use_cache" in self.inputs:
+            call["use_cache"] = False
         if "bbox" in self.inputs:
             call["bbox"] = self.inputs["bbox"].new_zeros(*ids.shape, 4)
         if "decoder_input_ids" in self.inputs:
@@ -179,7 +185,7 @@ class Subject:
         for others in (*self._images(), *self._sounds(), *self._series()):
             yield from ({**text, **decoder, **others}, {**decoder, **others})
         if "input_ids" in self.parameters:
-            yield {"input_ids": ids}
+            yield from ({**text, **decoder, "use_cache": False}, {"input_ids": ids})
         if "hidden_states" in self.parameters:
             yield {"hidden_states": torch.randn(2, 8, HIDDEN)}
 
