@@ -54,8 +54,7 @@ class Checks:
         task = TASKS.get(subject.kind) if subject.takes_tokens else None
         self.task = task if generates or task == "SEQ_CLS" else None
         self.notes: dict[str, Any] = {}
-        if subject.takes_tokens:
-            self._find_positions()
+        self.padding_errors: dict[str, float | None] | None = None
 
     def all(self) -> dict[str, Callable[[], str | None]]:
         """Name of each check that this model is for -> the check, in the order in which they run."""
@@ -67,6 +66,10 @@ class Checks:
         found |= {"save": self.save, "unload": self.unload}
         found |= {component: lambda c=component: self.component(c) for component in COMPONENTS}
         return found | {"lora": self.lora}
+
+    def of_others(self) -> dict[str, Callable[[], str | None]]:
+        """As `all`, those that say something new of a class whose family has been checked."""
+        return {name: run for name, run in self.all().items() if name in ("attach", "edits", "train", "tokens", "lora")}
 
     # Models
 
@@ -201,6 +204,8 @@ class Checks:
     def padding(self) -> str | None:
         """A row in a padded batch is edited as the row alone."""
         skipped = []
+        if self.padding_errors is None:
+            self._find_positions()
         try:
             model = self.adapted(positions="all" if self.subject.encoder_decoder else "f1+l1")
         except ValueError as refusal:

@@ -5,8 +5,10 @@
     python tests/architectures.py --kinds causal,multimodal --jobs 2
     python tests/architectures.py --write                  # the table in docs/architectures.md
 
-Model classes are those of Transformers' automatic mappings, so new ones are picked up by themselves. The exit status is
-1 if a class fails that `KNOWN` does not list; it lists faults of the base models, by name, each with its reason.
+Model classes are those of Transformers' automatic mappings, so new ones are picked up by themselves. The first class of
+a family gets all checks, the others, which share its blocks, those that depend on what is around them. The exit status
+is 1 if a class fails that `KNOWN` does not list: what the sweep cannot show, by name, each with a reason that is not
+ours.
 """
 
 from __future__ import annotations
@@ -32,25 +34,27 @@ import transformers
 from architecture_checks import Checks
 from subjects import MAPPINGS, Subject, architectures, build
 
-_TIMEOUT = 120
+_TIMEOUT = 180
+_JOB = ("kind", "model_type", "class", "whole")
 FOLDER = Path(__file__).parent
 # Class, or model_type -> why the sweep cannot show it to be whole: faults of the base model, never ours.
 KNOWN: dict[str, str] = {}
 
 
-def _work(kind: str, model_type: str, name: str, connection: Connection) -> None:
+def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connection) -> None:
     """Check one class in a process of its own; sends what is known so far after each check."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    row = {"kind": kind, "model_type": model_type, "class": name, "state": "building", "checks": {}, "notes": {}}
+    row = {"kind": kind, "model_type": model_type, "class": name, "whole": whole}
+    row |= {"state": "building", "checks": {}, "notes": {}}
     try:
         model = build(model_type, name)
         row["state"] = "built"
         checks = Checks(Subject(kind, model))
         row["state"] = "runs"
         row["notes"] = checks.notes
-        for check, run in checks.all().items():
+        for check, run in (checks.all() if whole else checks.of_others()).items():
             started = time.time()
             row["checks"][check] = _result(run)
             row["notes"]["seconds"] = row["notes"].get("seconds", 0) + time.time() - started
@@ -74,7 +78,7 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:300]} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def sweep(jobs: list[tuple[str, str, str]], processes: int) -> Iterator[dict]:
+def sweep(jobs: list[tuple[str, str, str, bool]], processes: int) -> Iterator[dict]:
     """The row of each class, in the order in which they are done."""
     context, waiting, running = multiprocessing.get_context("fork"), list(reversed(jobs)), []
     while waiting or running:
@@ -87,9 +91,7 @@ def sweep(jobs: list[tuple[str, str, str]], processes: int) -> Iterator[dict]:
             process = context.Process(target=_silent, args=(*job, sender))
             process.start()
             sender.close()
-            running.append(
-                (process, receiver, time.time(), dict(zip(("kind", "model_type", "class"), job, strict=True)))
-            )
+            running.append((process, receiver, time.time(), dict(zip(_JOB, job, strict=True))))
         for entry in list(running):
             process, receiver, started, row = entry
             row.update(_received(receiver))
@@ -146,9 +148,12 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, help="a file for all rows, as lines of JSON")
     parser.add_argument("--write", action="store_true", help="write the table of the manual")
     arguments = parser.parse_args()
-    jobs = list(architectures(arguments.kinds.split(",")))
+    jobs, families = [], set()
+    for kind, model_type, name in architectures(arguments.kinds.split(",")):
+        jobs.append((kind, model_type, name, model_type not in families or bool(arguments.only)))
+        families.add(model_type)
     if arguments.only:
-        jobs = [job for job in jobs if {*job[1:]} & set(arguments.only.split(","))]
+        jobs = [job for job in jobs if {*job[1:3]} & set(arguments.only.split(","))]
     rows = []
     for row in sweep(jobs, arguments.jobs):
         rows.append(row)

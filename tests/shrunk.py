@@ -139,6 +139,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_layer_offset": 1,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "blt_local_decoder": {"hidden_size_global": HIDDEN},
     "bamba": {"attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"layer_group_size": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
