@@ -86,6 +86,12 @@ def stack_of(model: PreTrainedModel) -> str | None:
     return None if stack in _PARTS.values() and getattr(model.config, "pre_norm", False) else stack
 
 
+def tokens_of_its_own(model: nn.Module) -> int:
+    """How many tokens a model puts before its input and counts in its cache, which it skips in the ids it is given."""
+    config = getattr(model, "config", None)
+    return config.prompt_length if getattr(config, "model_type", None) == "cpmant" else 0
+
+
 def has_loose_layers(model: PreTrainedModel) -> bool:
     """Whether a model has no blocks, but lists of the parts of its layers."""
     return any(cls.__name__ in ("XLMModel", "FlaubertModel") for cls in type(model).__mro__)

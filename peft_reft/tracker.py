@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.calls import groups_of_layers, say_uncalled
 from peft_reft.components import DECODER, ENCODER
+from peft_reft.families import tokens_of_its_own
 from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
@@ -258,6 +259,7 @@ class Entry(StandIn):
         self.language_model = language_model
         self.root = root
         self.names = _positional_names(module.forward)
+        self.own_tokens = tokens_of_its_own(module)
         self._handle: RemovableHandle | None = None
 
     @classmethod
@@ -397,6 +399,8 @@ class Entry(StandIn):
         if self.encoder_decoder and stream == DECODER and len(self.streams) > 1:
             return CallTokens.of_decoder(call)
         tokens = CallTokens.of(call)
+        if self.own_tokens and tokens is not None:
+            tokens = tokens.behind(self.own_tokens)
         mask = self.tracker.own.prompt_mask
         if tokens is None or mask is None or tokens.prompt_mask is not None or self.tracker.own.generation is not None:
             return tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,12 @@ class CallTokens:
         if own.get("input_ids") is None and own.get("inputs_embeds") is None:
             own["input_ids"] = labels if _has_axes(labels, 2) else call.get("input_ids")
         return cls.of(own | {"cache": find_cache(call)})
+
+    def behind(self, own: int) -> CallTokens:
+        """The new ones of these tokens, where a model has `own` tokens of its own in the cache and is given all ids."""
+        past = max(self.past_on_host - own, 0)
+        ids = None if self.ids is None else self.ids[:, past:]
+        return replace(self, shape=(self.shape[0], self.shape[1] - past), ids=ids, past=past)
 
     @property
     def past_on_host(self) -> int:
