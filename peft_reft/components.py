@@ -71,7 +71,7 @@ def _attention(block: nn.Module) -> Part | str:
     found = [Part(name, module) for name, module in _attentions(block)]
     own = [part for part in found if not _is_cross_attention(part)]
     if not own:
-        return "it attends to another stack only" if found else "it has no attention"
+        return "it attends to another stack only" if found else "no attention was found in it"
     return _last_projection(own[0]) or own[0]
 
 
@@ -112,7 +112,7 @@ def _mlp(block: nn.Module) -> Part | str:
     ]
     if found:
         return found[-1]
-    return whole[0] if len(whole) == 1 else "it has no MLP"
+    return whole[0] if len(whole) == 1 else "no MLP was found in it"
 
 
 def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:

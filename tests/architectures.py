@@ -23,9 +23,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,7 +37,6 @@ from subjects import MAPPINGS, Subject, architectures, build
 
 _TIMEOUT = 180
 _JOB = ("kind", "model_type", "class", "whole")
-FOLDER = Path(__file__).parent
 # Class, or model_type -> why the sweep cannot show it to be whole: faults of the base model, never ours.
 KNOWN: dict[str, str] = {}
 
@@ -51,9 +51,10 @@ def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connec
     try:
         model = build(model_type, name)
         row["state"] = "built"
-        checks = Checks(Subject(kind, model))
-        row["state"] = "runs"
-        row["notes"] = checks.notes
+        subject = Subject(kind, model)
+        checks = Checks(subject)
+        row["state"] = "runs" if subject.error is None else "does not run"
+        row["notes"] = checks.notes | ({} if subject.error is None else {"error": _told(subject.error)})
         for check, run in (checks.all() if whole else checks.of_others()).items():
             started = time.time()
             row["checks"][check] = _result(run)
@@ -65,7 +66,7 @@ def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connec
     connection.send(row)
 
 
-def _result(check) -> str:  # noqa: ANN001
+def _result(check: Callable[[], str | None]) -> str:
     try:
         return check() or "ok"
     except Exception as error:
@@ -108,7 +109,7 @@ def sweep(jobs: list[tuple[str, str, str, bool]], processes: int) -> Iterator[di
         time.sleep(0.02)
 
 
-def _silent(*job) -> None:  # noqa: ANN002
+def _silent(*job: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -126,18 +127,25 @@ def _received(receiver: Connection) -> dict:
 
 
 def failures(row: dict) -> dict[str, str]:
-    """Name of each check of a row that failed -> how."""
-    failed = {n: said for n, said in row.get("checks", {}).items() if said.startswith("FAIL") and n != "lora"}
-    return failed if row.get("state") == "runs" else failed | {"base": row.get("notes", {}).get("error", "")}
+    """Name of each check of a row that failed -> how; LoRA's is there to compare with."""
+    checks = row.get("checks", {}).items()
+    return {name: said.removeprefix("FAIL: ") for name, said in checks if said.startswith("FAIL") and name != "lora"}
+
+
+def state_of(row: dict) -> str:
+    """`ok`, `FAIL`, `known` (a failure that `KNOWN` lists), or `base`: the base model is not built or does not run."""
+    if failures(row):
+        return "known" if row["class"] in KNOWN or row["model_type"] in KNOWN else "FAIL"
+    return "ok" if row.get("state") == "runs" else "base"
 
 
 def line_of(row: dict) -> str:
     failed = failures(row)
-    known = KNOWN.get(row["class"], KNOWN.get(row["model_type"])) if failed else None
-    passed = sum(name not in failed for name in row.get("checks", {}))
-    said = "; ".join(f"{name}: {how.removeprefix('FAIL: ')[:160]}" for name, how in failed.items())
-    state = "ok" if not failed else "known" if known else "FAIL"
-    return f"{state:5s} {row['kind']:11s} {row['model_type']:28s} {row['class']:48s} {passed:2d} {said}".rstrip()
+    passed = len(row.get("checks", {})) - len(failed)
+    said = "; ".join(f"{name}: {how[:160]}" for name, how in failed.items()) or row.get("notes", {}).get("error", "")
+    return (
+        f"{state_of(row):5s} {row['kind']:11s} {row['model_type']:28s} {row['class']:48s} {passed:2d} {said}".rstrip()
+    )
 
 
 def main() -> int:
@@ -161,7 +169,7 @@ def main() -> int:
         if arguments.rows:
             with arguments.rows.open("a") as file:
                 file.write(json.dumps(row, default=str) + "\n")
-    counts = Counter(line_of(row).split()[0] for row in rows)
+    counts = Counter(map(state_of, rows))
     print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     return int(counts["FAIL"] > 0)
 

@@ -117,6 +117,7 @@ class Subject:
         model: the model.
         inputs: arguments that it runs with.
         takes_tokens: whether token ids, and what follows from them, are all of these.
+        error: why it does not run with anything that is known here, None if it runs.
     """
 
     kind: str
@@ -125,6 +126,7 @@ class Subject:
     takes_tokens: bool = False
     takes_types: bool = False
     takes_positions: bool = False
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.parameters = set(inspect.signature(self.model.forward).parameters)
@@ -142,7 +144,7 @@ class Subject:
                 self.takes_tokens = "attention_mask" in inputs and inputs.keys() <= _OF_TOKENS
                 self.takes_types = "token_type_ids" in inputs or "mm_token_type_ids" in inputs
                 return
-        raise next(iter(errors), ValueError("forward takes nothing that is known here"))
+        self.error = next(iter(errors), ValueError("forward takes nothing that is known here"))
 
     def told(self, batch: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:
         """The arguments for token ids and their mask, with what the model wants beside them."""

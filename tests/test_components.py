@@ -140,14 +140,14 @@ def test_a_component_is_edited_at_the_tensor_that_it_names(name, component):
 def test_a_model_without_the_component_says_so(name, component):
     base = ZOO[name].build()
     missing = {"attention_output": "attention", "mlp_output": "MLP"}[component]
-    reason = rf"component='{component}' was not found in .* \(Mamba2?Block: it has no {missing}\)\. Name the"
+    reason = rf"component='{component}' was not found in .* \(Mamba2?Block: no {missing} was found in it\)\. Name the"
     with pytest.raises(ValueError, match=reason):
         adapted(base, component=component)
     assert not layers_of(base)
 
 
 def test_layers_without_the_component_are_passed_over_and_counted():
-    said = r"'attention_output' is edited in 1 layers; 2 have none .* \(JambaMambaDecoderLayer: it has no attention\)"
+    said = r"'attention_output' is edited in 1 layers; 2 have none .* \(JambaMambaDecoderLayer: no attention was found in it\)"
     with pytest.warns(UserWarning, match=said):
         adapted(ZOO["jamba"].build(), component="attention_output")
     assert sites_of(adapted(ZOO["jamba"].build(), component="attention_output")) == {"model.layers.1.self_attn.o_proj"}
