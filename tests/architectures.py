@@ -3,7 +3,9 @@
     python tests/architectures.py                          # all of them
     python tests/architectures.py --only LlamaForCausalLM,xlnet
     python tests/architectures.py --kinds causal,multimodal --jobs 2
-    python tests/architectures.py --write                  # the table in docs/architectures.md
+    python tests/architectures.py --rows rows.jsonl --write   # the table in docs/architectures.md
+
+Rows are kept in the file of `--rows`, each until its class is checked again.
 
 Model classes are those of Transformers' automatic mappings, so new ones are picked up by themselves. The first class of
 a family gets all checks, the others, which share its blocks, those that depend on what is around them. The exit status
@@ -33,9 +35,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from architecture_checks import Checks
+from architecture_table import table
 from subjects import MAPPINGS, Subject, architectures, build
 
 _TIMEOUT = 180
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 _JOB = ("kind", "model_type", "class", "whole")
 # Class, or model_type -> why the sweep cannot show it to be whole: faults of the base model, never ours.
 KNOWN: dict[str, str] = {}
@@ -162,16 +166,26 @@ def main() -> int:
         families.add(model_type)
     if arguments.only:
         jobs = [job for job in jobs if {*job[1:3]} & set(arguments.only.split(","))]
-    rows = []
-    for row in sweep(jobs, arguments.jobs):
-        rows.append(row)
-        print(f"{len(rows):4d}/{len(jobs)} {line_of(row)}", flush=True)
+    kept = _kept(arguments.rows)
+    for number, row in enumerate(sweep(jobs, arguments.jobs), 1):
+        kept[row["class"]] = row
+        print(f"{number:4d}/{len(jobs)} {line_of(row)}", flush=True)
         if arguments.rows:
-            with arguments.rows.open("a") as file:
-                file.write(json.dumps(row, default=str) + "\n")
-    counts = Counter(map(state_of, rows))
-    print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
-    return int(counts["FAIL"] > 0)
+            lines = (json.dumps(row, default=str) + "\n" for row in kept.values())
+            arguments.rows.write_text("".join(lines), encoding="utf-8")
+    states = Counter(state_of(kept[name]) for _, _, name, _ in jobs if name in kept)
+    print(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+    if arguments.write:
+        TABLE.write_text(table(kept.values(), {name: state_of(row) for name, row in kept.items()}), encoding="utf-8")
+    return int(states["FAIL"] > 0)
+
+
+def _kept(file: Path | None) -> dict[str, dict]:
+    """Class -> its row in a file of earlier runs."""
+    if file is None or not file.exists():
+        return {}
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {row["class"]: row for row in rows}
 
 
 if __name__ == "__main__":
