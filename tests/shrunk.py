@@ -168,6 +168,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 2,
     },
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
+    "qwen2_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_5_vl_text": {"rope_parameters": _MROPE},
     "hunyuan_vl_text": {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": _ROPE},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
     "glm5_next_text": {"qk_rope_head_dim": 0, "qk_nope_head_dim": 8, "index_kpool": 16},
