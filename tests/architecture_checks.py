@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from shrunk import value_of
 from subjects import LANGUAGE_MODELS, Subject, main_output, tokens
 from torch import nn
 
@@ -154,7 +155,7 @@ class Checks:
         if self.language_model:
             # Some apply a layer several times.
             edits, told = sum(calls.values()), _layers_told(self.model.config)
-            assert told in (None, edits), f"{edits} edits in {len(calls)} layers, the configuration tells {told}"
+            assert not told or edits in told, f"{edits} edits in {len(calls)} layers, the configuration tells {told}"
         if not steady:
             return "the base model is random"
         assert difference(edited, base) > _CLOSE, "the output stays"
@@ -448,11 +449,11 @@ def _numberless(name: str) -> str:
     return ".".join("N" if part.isdigit() else part for part in name.split("."))
 
 
-def _layers_told(config: Any) -> int | None:
-    text = config.get_text_config()
+def _layers_told(config: Any) -> set[int]:
+    """Numbers of layers that a configuration tells; some count the attentions of a layer too."""
     names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
-    values = (getattr(part, name, None) for part in (text, config) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
+    values = (value_of(part, name) for part in (config.get_text_config(), config) for name in names)
+    return {value for value in values if isinstance(value, int)}
 
 
 def _told(mask: torch.Tensor) -> torch.Tensor:

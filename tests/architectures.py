@@ -41,8 +41,11 @@ from subjects import MAPPINGS, Subject, architectures, build
 _TIMEOUT = 180
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 _JOB = ("kind", "model_type", "class", "whole")
-# Class, or model_type -> why the sweep cannot show it to be whole: faults of the base model, never ours.
-KNOWN: dict[str, str] = {}
+# Class, or model_type -> why the sweep cannot show it to be whole; never a fault of ours.
+KNOWN: dict[str, str] = {
+    "MllamaForCausalLM": "without an image the model skips its layers of cross-attention, which a warning tells",
+    "dots3_note": "its smallest configuration has 76 million parameters, too many for the time of one class",
+}
 
 
 def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connection) -> None:
