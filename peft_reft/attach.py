@@ -14,7 +14,7 @@ from peft_reft.generate import GenerateEntry
 from peft_reft.loading import check_weights
 from peft_reft.modules import modules_around
 from peft_reft.quantized import allow_packing, forbid_packing
-from peft_reft.sites import block_lists, is_encoder_decoder
+from peft_reft.stacks import block_lists, is_encoder_decoder
 from peft_reft.tracker import Entry, Tracker
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -35,18 +36,30 @@ _MLP_PROJECTIONS = (
 )
 # Parts of the names of modules without a single last projection.
 _MLPS = ("mlp", "ffn", "feed_forward", "moe")
+_ADDS_UP = "it adds up the outputs of several MLPs, so that no module puts out the sum"
+# Of names of what stands before or behind an MLP: hyper-connections, convolutions, norms.
+_BESIDE_MLPS = "hyper|_hc$|conv|norm"
 
 
-def find_component(block: nn.Module, component: str) -> tuple[str, nn.Module, str] | None:
-    """Name in the block, module and edited side of one of `COMPONENTS`; None if the block has no such part.
+class Part(NamedTuple):
+    """A component of a block: the module's dotted name in the block, the module, and which side of it is edited."""
+
+    name: str
+    module: nn.Module
+    side: str = OUTPUT
+
+
+def find_component(block: nn.Module, component: str) -> Part | str:
+    """One of `COMPONENTS` of a block; the reason, a clause after "because", if the block has none.
 
     `attention_output` and `mlp_output` are the outputs of the last projections of the self-attention and of the MLP,
     or of these modules themselves where there is no single last projection (mixtures of experts).
     """
     if component in ("block_output", "block_input"):
-        return ("", block, INPUT if component == "block_input" else OUTPUT) if has_output(block) else None
-    found = _attention(block) if component == "attention_output" else _mlp(block)
-    return None if found is None else (*found, OUTPUT)
+        if not has_output(block):
+            return "it is a container that is never called"
+        return Part("", block, INPUT if component == "block_input" else OUTPUT)
+    return _attention(block) if component == "attention_output" else _mlp(block)
 
 
 def has_output(module: nn.Module) -> bool:
@@ -54,56 +67,81 @@ def has_output(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _attention(block: nn.Module) -> tuple[str, nn.Module] | None:
-    for name, module in _attentions(block):
-        if not _is_cross_attention(name, module):
-            return _last_projection(name, module, _ATTENTION_PROJECTIONS) or (name, module)
-    return None
+def _attention(block: nn.Module) -> Part | str:
+    found = [Part(name, module) for name, module in _attentions(block)]
+    own = [part for part in found if not _is_cross_attention(part)]
+    if not own:
+        return "it attends to another stack only" if found else "no attention was found in it"
+    return _last_projection(own[0]) or own[0]
 
 
 def _attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost attention modules."""
     inside: tuple[str, ...] = ()
     for name, module in named_base_modules(block):
-        if name.startswith(inside):
+        if name.startswith(inside) or not _is_called_attention(module):
             continue
-        called_so = re.search("atten|attn", type(module).__name__, re.IGNORECASE)
-        if called_so and any(_is_linear(part) for part in module.modules()):
+        # A block within the block (Zamba's) may be called after its attention.
+        parts = list(module.named_children())
+        is_block = any(_is_called_attention(part) for _, part in parts) and any(_is_mlp(*part) for part in parts)
+        if not is_block and any(map(_is_linear, module.modules())):
             inside += (f"{name}.",)
             yield name, module
 
 
-def _is_cross_attention(name: str, module: nn.Module) -> bool:
-    text = f"{name}.{type(module).__name__}".lower()
+def _is_called_attention(module: nn.Module) -> bool:
+    return re.search("atten|attn", type(module).__name__, re.IGNORECASE) is not None
+
+
+def _is_cross_attention(part: Part) -> bool:
+    text = f"{part.name}.{type(part.module).__name__}".lower()
     return any(sign in text for sign in ("cross", "encdec", "encoder_attn"))
 
 
-def _mlp(block: nn.Module) -> tuple[str, nn.Module] | None:
+def _mlp(block: nn.Module) -> Part | str:
     attentions = tuple(f"{name}." for name, _ in _attentions(block))
-    parts = [(name, module) for name, module in block.named_children() if not f"{name}.".startswith(attentions)]
-    whole = [(name, module) for name, module in parts if any(word in name for word in _MLPS) and len(module._modules)]
-    if any(_has_experts(module) for _, module in parts) or any(name == "experts" for name, _ in parts):
-        # With another MLP beside it the block adds up: no module puts out the sum.
-        return whole[0] if len(whole) == 1 and _has_experts(whole[0][1]) else None
+    outside = [(name, module) for name, module in named_base_modules(block) if not name.startswith(attentions)]
+    whole = list(_whole_mlps(outside))
+    bare = any(name == "experts" for name, _ in outside)
+    if bare or any(_has_experts(part.module) for part in whole):
+        return whole[0] if len(whole) == 1 and not bare else _ADDS_UP
     found = [
-        (name, module)
-        for name, module in named_base_modules(block)
-        if _is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS and not name.startswith(attentions)
+        Part(name, module)
+        for name, module in outside
+        if _is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS
     ]
     if found:
         return found[-1]
-    return whole[0] if len(whole) == 1 else None
+    return whole[0] if len(whole) == 1 else "no MLP was found in it"
+
+
+def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:
+    """The outermost of some modules that are MLPs: called so, or with experts in them."""
+    inside: tuple[str, ...] = ()
+    holders = {name.rpartition(".")[0] for name, _ in modules if name.rpartition(".")[2] == "experts"}
+    for name, module in modules:
+        if not name.startswith(inside) and (name in holders or _is_mlp(name.rpartition(".")[2], module)):
+            inside += (f"{name}.",)
+            yield Part(name, module)
+
+
+def _is_mlp(name: str, module: nn.Module) -> bool:
+    if not any(word in name for word in _MLPS) or re.search(_BESIDE_MLPS, name):
+        return False
+    # Packed and quantized weights may have no axes to tell them from biases.
+    matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
+    return _has_experts(module) or matrices > 1 or sum(map(_is_linear, module.modules())) > 1
 
 
 def _has_experts(module: nn.Module) -> bool:
     return any(part.rpartition(".")[2] == "experts" for part, _ in module.named_modules())
 
 
-def _last_projection(name: str, module: nn.Module, names: tuple[str, ...]) -> tuple[str, nn.Module] | None:
+def _last_projection(attention: Part) -> Part | None:
     found = [
-        (f"{name}.{part}", linear)
-        for part, linear in named_base_modules(module)
-        if _is_linear(linear) and part.rpartition(".")[2] in names
+        Part(f"{attention.name}.{name}", linear)
+        for name, linear in named_base_modules(attention.module)
+        if _is_linear(linear) and name.rpartition(".")[2] in _ATTENTION_PROJECTIONS
     ]
     return found[-1] if found else None
 

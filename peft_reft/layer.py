@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from peft_reft.components import INPUT, OUTPUT
 from peft_reft.config import ReftConfig
 from peft_reft.edits import AdapterSettings, Edit, RowEdits, edits_of_rows, view_without_aliasing
 from peft_reft.interventions import INTERVENTIONS, Intervention
+from peft_reft.layouts import hidden_of, with_hidden
 from peft_reft.modules import device_of, named_modules
+from peft_reft.past_hooks import EditedForward
 from peft_reft.scaling import ScaledAdapters
 from peft_reft.sites import Site
 from peft_reft.tokens.passes import Pass
@@ -50,6 +53,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         self.site_name = site.name
         self.side = site.side
         self.index, self.depth, self.is_block = site.index, site.depth, site.is_block
+        self.place = site.place
         self.stream = site.stream
         self.tracker = tracker
         self.reft_intervention = nn.ModuleDict()
@@ -81,7 +85,9 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             layer = cls(site, tracker)
             site.module.add_module(CHILD_NAMES[site.side], layer)
             # The handle travels with copies and pickles, and keeps its number from being given to another hook there.
-            if site.side == INPUT:
+            if site.past_hooks:
+                EditedForward(site.module, layer).put("forward")
+            elif site.side == INPUT:
                 layer._handle = site.module.register_forward_pre_hook(layer.edit_input, with_kwargs=True)
             else:
                 # Before other hooks: Transformers records hidden states in one, which are to be the edited ones.
@@ -119,7 +125,10 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
     def detach(self) -> None:
         """Take the layer and its hook from the module that it was attached to."""
         del self.host._modules[CHILD_NAMES[self.side]]
-        self._handle.remove()
+        if self._handle is None:
+            EditedForward.take_from(self.host, self)
+        else:
+            self._handle.remove()
 
     def is_in(self, block: int) -> bool:
         """Whether the layer is at, or in, the block of this number; negative numbers count from the end."""
@@ -256,9 +265,14 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         pass_ = self._pass(args, kwargs)
         if self._is_idle(pass_):
             return None
-        hidden = _hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 1:
+            hidden = output
+        else:
+            hidden = hidden_of(output, f"{self.site_name} does not return hidden representations: its output")
         edited = self._edited(pass_, hidden, f"{self.site_name} returned")
-        return None if edited is hidden else _with_hidden(output, edited)
+        if edited is hidden:
+            return None
+        return edited if hidden is output else with_hidden(output, edited)
 
     def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook: the module's arguments with the hidden representations edited, None to leave them."""
@@ -266,7 +280,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         if self._is_idle(pass_):
             return None
         named = {} if args else {"hidden_states": kwargs.get("hidden_states")}
-        given = _hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
+        given = hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
         # Where accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
         edited = self._edited(pass_, hidden, f"{self.site_name} was given")
@@ -317,11 +331,20 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     def _edited(self, pass_: Pass, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """`hidden` itself where nothing is edited."""
+        if self.place.layout is None:
+            return self._edited_tokens(pass_, name, hidden)
+        edit = partial(self._edited_tokens, pass_, name)
+        return self.place.layout.edit(hidden, pass_.streams[self.stream].shape, edit)
+
+    def _edited_tokens(self, pass_: Pass, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """As `_edited`, for hidden representations in their usual layout."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
-                f"{name} {tuple(hidden.shape)}, but its adapters were built for "
-                f"{self.out_features} features. Give the module the right out_features, or target another one."
+                f"{name} {tuple(hidden.shape)}, but its adapters were built for {self.out_features} features, "
+                f"{self.place.told_by}."
             )
+        if hidden.dim() > 3:
+            return self._edited_places(pass_, name, hidden)
         stream, grid = pass_.streams[self.stream], hidden
         if hidden.dim() == 2 and len(hidden) == stream.shape[0] * stream.shape[1]:
             # Some models put all tokens on one axis for a while.
@@ -335,6 +358,15 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             return hidden
         return edited if edited.shape == hidden.shape else view_without_aliasing(edited, hidden.shape)
 
+    def _edited_places(self, pass_: Pass, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """As `_edited_tokens`, for `[batch, places..., features]`, of which all are edited if the call tells tokens."""
+        for edit in self._edits_alike(pass_).values():
+            if edit.positions.needs_prompt:
+                pass_.streams[self.stream].check_shape(edit.positions, hidden, name)
+        grid = hidden.flatten(1, -2)
+        edited = self._edited_tokens(pass_, name, grid)
+        return hidden if edited is grid else view_without_aliasing(edited, hidden.shape)
+
     @property
     def _is_kept(self) -> bool:
         """Whether the result is kept for a backward pass anyway, as it is.
@@ -343,7 +375,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         hook behind this one may change it in place.
         """
         hooks = self.host._forward_pre_hooks if self.side == INPUT else self.host._forward_hooks
-        return self.is_block and len(hooks) == 1
+        return self.is_block and self.place.layout is None and len(hooks) == 1
 
     def _edits(self, pass_: Pass, batch: int) -> list[Edit] | list[RowEdits]:
         if _by_row(pass_):
@@ -406,34 +438,3 @@ def layers(model: nn.Module) -> Iterator[ReftLayer]:
 def _by_row(pass_: Pass) -> bool:
     """Whether each row of a pass names its adapter."""
     return pass_.requests is not None and pass_.requests.adapters is not None
-
-
-def first_tensor(output: Any) -> Any:
-    """The hidden representations in what a module is given or returns: its first value, unless it is one itself."""
-    values = output.values() if isinstance(output, Mapping) else output
-    return output if isinstance(output, torch.Tensor) else next(iter(values), None)
-
-
-def _hidden_of(output: Any, complaint: str) -> torch.Tensor:
-    hidden = first_tensor(output)
-    if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point() or hidden.dim() < 2:
-        raise TypeError(
-            f"{complaint} (or the first value of it) must be a floating point tensor [batch, tokens, features] or "
-            f"[rows, features], got {_describe(hidden)}."
-        )
-    return hidden
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    if isinstance(output, torch.Tensor):
-        return hidden
-    if isinstance(output, Mapping):
-        first = next(iter(output))
-        return type(output)({**output, first: hidden})
-    if hasattr(output, "_replace"):  # namedtuple
-        return output._replace(**{output._fields[0]: hidden})
-    return type(output)((hidden, *output[1:]))

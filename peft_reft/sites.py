@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_reft.components import DECODER, ENCODER, OUTPUT, find_component, has_output
+from peft_reft.components import DECODER, ENCODER, OUTPUT, Part, find_component, has_output
 from peft_reft.config import ReftConfig
+from peft_reft.families import part_of_layer
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
+from peft_reft.places import Place, Places, is_called_past_hooks, place_of_part, place_outside
+from peft_reft.stacks import BlockList, block_lists, is_encoder_decoder, streams_of
 
 
 @dataclass(frozen=True)
@@ -22,157 +26,29 @@ class Site:
     Attributes:
         name: its dotted name in the model.
         module: the module.
-        features: size of the last axis of what is edited.
+        place: how wide what is edited is, and where the tokens are in it.
         stream: the stream of tokens that passes through it, `"decoder"` or, in the encoder of an encoder-decoder
             model, `"encoder"`.
         side: whether its `"output"` or its `"input"` is edited.
         index: number of the block that it is, or is in.
         depth: number of blocks there.
+        is_block: whether it is a block itself, rather than in one.
+        past_hooks: whether the model calls its `forward`, past its hooks.
     """
 
     name: str
     module: nn.Module
-    features: int
+    place: Place
     stream: str = DECODER
     side: str = OUTPUT
     index: int | None = None
     depth: int = 0
+    is_block: bool = False
+    past_hooks: bool = False
 
     @property
-    def is_block(self) -> bool:
-        """Whether the module is a block itself, rather than in one."""
-        return self.index is not None and self.name.endswith(f".{self.index}")
-
-
-@dataclass(frozen=True)
-class BlockList:
-    """The stack of blocks of a (part of a) model.
-
-    Attributes:
-        name: dotted name of the `nn.ModuleList`.
-        blocks: the list.
-        owner: name and module of the Transformers model that it belongs to.
-        stream: see `Site`.
-    """
-
-    name: str
-    blocks: nn.ModuleList
-    owner: tuple[str, PreTrainedModel]
-    stream: str
-
-    @property
-    def hidden_size(self) -> int:
-        return _hidden_size(self.owner[1])
-
-
-def _hidden_size(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    for name in ("hidden_size", "d_model", "n_embd", "dim"):
-        if isinstance(size := getattr(config, name, None), int):
-            return size
-    raise ValueError(
-        f"{type(config).__name__} does not tell a hidden size; name the modules to edit in target_modules."
-    )
-
-
-def block_lists(model: nn.Module) -> list[BlockList]:
-    """The stacks of blocks of a Transformers model's text part: one, or an encoder's and a decoder's.
-
-    They are found by structure: within the part of the model that has the text configuration, the outermost
-    `nn.ModuleList`s of blocks, and of those in one stream the one that holds the most parameters (two, if they hold
-    equally many). Empty for anything but a Transformers model.
-    """
-    names = {module: name for name, module in named_modules(model)}
-    lists: list[BlockList] = []
-    seen: set[nn.Module] = set()
-    for stream, part in _streams(model).items():
-        sizes = {b: _parameter_count(b) for b in _text_lists(model, names, part) if b not in seen}
-        largest = [blocks for blocks, size in sizes.items() if size == max(sizes.values())]
-        lists += [BlockList(names[b], b, _owner(model, names[b]), stream) for b in largest]
-        # Some decoders (Florence-2) hold the encoder too.
-        seen.update(module for _, module in named_modules(part))
-    return lists
-
-
-def only_block_list(model: nn.Module) -> BlockList:
-    """The stack of blocks of a model that has one.
-
-    Raises:
-        ValueError: it has none, or two.
-    """
-    found = block_lists(model)
-    if len(found) != 1:
-        names = ", ".join(repr(block_list.name) for block_list in found) or "none"
-        raise ValueError(
-            f"Layers are numbered here in the one stack of blocks of a model, but {type(model).__name__} has {names}. "
-            "Encoder-decoder models and models without a stack are not supported for this."
-        )
-    return found[0]
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether tokens pass through the model in two streams."""
-    return ENCODER in _streams(model)
-
-
-def _streams(model: nn.Module) -> dict[str, nn.Module]:
-    """The part of the model that each stream of tokens passes through; empty for anything but a Transformers model."""
-    text = _text_part(model) if isinstance(model, PreTrainedModel) else None
-    if text is None:
-        return {}
-    if not getattr(text.config, "is_encoder_decoder", False) or (encoder := text.get_encoder()) is text:
-        # Decoder-only classes of encoder-decoder families return themselves as encoder.
-        return {DECODER: text}
-    return {ENCODER: encoder, DECODER: text.get_decoder()}
-
-
-def _text_part(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The part of a model that has its text configuration: all of it, or one tower of a multimodal model."""
-    text_config = model.config.get_text_config()
-    # Composite encoder-decoder models call their decoder's configuration the text configuration.
-    if text_config is model.config or getattr(model.config, "is_encoder_decoder", False):
-        return model
-    parts = (module for _, module in named_modules(model) if isinstance(module, PreTrainedModel))
-    return next((part for part in parts if type(part.config) is type(text_config)), None)
-
-
-def _text_lists(model: PreTrainedModel, names: Mapping[nn.Module, str], part: nn.Module) -> Iterator[nn.ModuleList]:
-    text = _text_part(part) if isinstance(part, PreTrainedModel) else part
-    if text is None:
-        return
-    config_type = type(_owner(model, names[text])[1].config)
-    for blocks in _outermost_lists(text):
-        if type(_owner(model, names[blocks])[1].config) is config_type:
-            yield blocks
-
-
-def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """Lists of modules whose parts have parts themselves: blocks, rather than projections or experts."""
-    inside: tuple[str, ...] = ()
-    for name, module in named_modules(model):
-        if name.startswith(inside) or not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if all(any(_has_parts(part) for part in block.children()) for block in module):
-            inside += (f"{name}.",)
-            yield module
-
-
-def _has_parts(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _parameter_count(module: nn.Module) -> int:
-    return sum(p.numel() for _, part in named_modules(module) for p in part.parameters(recurse=False))
-
-
-def _owner(model: PreTrainedModel, name: str) -> tuple[str, PreTrainedModel]:
-    """The innermost Transformers model that is, or holds, the module of this name."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        owner = model.get_submodule(".".join(parts[:length]))
-        if isinstance(owner, PreTrainedModel):
-            return ".".join(parts[:length]), owner
-    return "", model
+    def features(self) -> int:
+        return self.place.features
 
 
 def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
@@ -183,12 +59,22 @@ def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
             or `r` is larger than a width.
     """
     find = _block_sites if config.target_modules is None else _named_sites
-    sites = _without_left_out(_reached(model, find(model, block_lists(model), config), config), config)
+    sites = _each_once(find(model, block_lists(model), config), model)
+    sites = _without_left_out(_reached(model, sites, config), config)
     for site in sites:
         if INTERVENTIONS[config.intervention].low_rank and config.r > site.features:
             raise ValueError(f"r={config.r} is larger than the hidden size {site.features} of {site.name!r}.")
         _check_is_called(model, site)
+        _check_has_tokens(site, config)
     return sites
+
+
+def _each_once(sites: list[Site], model: nn.Module) -> list[Site]:
+    """The sites by the names that modules have in the model; several layers may share one (Zamba)."""
+    names = {module: name for name, module in named_modules(model)}
+    once = {(site.module, site.side): site for site in reversed(sites)}
+    shared = [replace(site, name=names.get(module, site.name)) for (module, _), site in once.items()]
+    return shared[::-1]
 
 
 def _check_is_called(model: nn.Module, site: Site) -> None:
@@ -198,6 +84,16 @@ def _check_is_called(model: nn.Module, site: Site) -> None:
         raise ValueError(
             f"{site.name!r} cannot be edited: {type(parent).__name__} uses its weight without calling it. Target "
             f"{site.name.rpartition('.')[0]!r} instead."
+        )
+
+
+def _check_has_tokens(site: Site, config: ReftConfig) -> None:
+    layout = site.place.layout
+    if layout is not None and not layout.maps_tokens and config.parsed_positions.needs_prompt:
+        raise ValueError(
+            f"positions={config.positions!r} has no meaning at {site.name!r}: of this model, {site.place.reason}. Edit "
+            "everything there (positions='all'), or choose other layers or modules (layers_to_transform, "
+            "target_modules)."
         )
 
 
@@ -227,7 +123,7 @@ def _without_left_out(sites: list[Site], config: ReftConfig) -> list[Site]:
 
 def _streams_by_module(model: nn.Module) -> dict[nn.Module, str]:
     # The encoder last: some decoders hold it too.
-    parts = reversed(_streams(model).items())
+    parts = reversed(streams_of(model).items())
     return {module: stream for stream, part in parts for _, module in named_modules(part)}
 
 
@@ -245,35 +141,89 @@ def _edited_streams(model: nn.Module, config: ReftConfig) -> set[str]:
 def _block_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -> list[Site]:
     if not lists:
         raise ValueError(
-            f"component={config.component!r} needs the blocks of a Transformers model, but none were found in "
-            f"{type(model).__name__}. Name the modules to edit in target_modules."
+            f"component={config.component!r} needs {_no_blocks(model)} Name the modules to edit in target_modules."
         )
-    lists = _by_pattern(lists, config)
+    lists = _the_stacks(model, _by_pattern(lists, config))
     _check_layers(lists, config)
-    return [site for component in config.components for site in _component_sites(lists, component, config)]
+    return [site for component in config.components for site in _component_sites(model, lists, component, config)]
 
 
-def _component_sites(lists: list[BlockList], component: str, config: ReftConfig) -> list[Site]:
-    sites, blocks = [], []
-    for block_list in lists:
-        for index in sorted(_indices(len(block_list.blocks), config)):
-            block = block_list.blocks[index]
-            blocks.append(block)
-            found = find_component(block, component)
-            if found is not None:
-                name, module, side = found
-                name = f"{block_list.name}.{index}" + (f".{name}" if name else "")
-                sites.append(
-                    Site(name, module, block_list.hidden_size, block_list.stream, side, index, len(block_list.blocks))
-                )
-    # Hybrid models have attention in some blocks only.
-    if not sites:
+def _no_blocks(model: nn.Module) -> str:
+    """What is missing in a model without blocks, the end of a sentence."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        return f"the blocks of a Transformers model, but none were found in {kind}, which is another module."
+    return (
+        f"the blocks of a Transformers model, but none were found in {kind}: no nn.ModuleList in it has modules whose "
+        "outputs are recorded as hidden states, that are checkpointed one by one, or whose parts have parts."
+    )
+
+
+def _the_stacks(model: nn.Module, lists: list[BlockList]) -> list[BlockList]:
+    """Those stacks, if there is no doubt which are meant.
+
+    Raises:
+        ValueError: several parts of the model have a stack for the same tokens.
+    """
+    owners = {(stack.stream, stack.owner[0]) for stack in lists}
+    if len(owners) > len({stack.stream for stack in lists}):
         raise ValueError(
-            f"component={component!r} was not found in any of the asked blocks "
-            f"({', '.join(sorted({type(block).__name__ for block in blocks}))}). Name the modules to edit in "
+            f"{type(model).__name__} has several stacks of blocks, and nothing tells which of them to edit: "
+            f"{', '.join(repr(stack.name) for stack in lists)}. Choose with layers_pattern, or name modules in "
             "target_modules."
         )
+    return lists
+
+
+def _component_sites(model: nn.Module, lists: list[BlockList], component: str, config: ReftConfig) -> list[Site]:
+    sites: list[Site] = []
+    without: dict[str, list[str]] = {}
+    for stack in lists:
+        places, past_hooks = Places(model, stack), is_called_past_hooks(model, stack)
+        for index in sorted(_indices(len(stack.blocks), config)):
+            part = _part(stack, index, component)
+            if isinstance(part, Part):
+                sites.append(_site_of_part(places, index, part, past_hooks))
+            else:
+                kind = type(stack.blocks[index]).__name__
+                without.setdefault(f"{kind}: {part}", []).append(f"{stack.names[index]}")
+    if not sites:
+        raise ValueError(
+            f"component={component!r} was not found in any of the layers to edit ({'; '.join(without)}). Name the "
+            "modules to edit in target_modules."
+        )
+    if without:
+        # Hybrid models have attention in some blocks only.
+        count = sum(map(len, without.values()))
+        warnings.warn(
+            f"component={component!r} is edited in {len(sites)} layers; {count} have none and are passed over "
+            f"({'; '.join(without)}).",
+            stacklevel=2,
+        )
     return sites
+
+
+def _part(stack: BlockList, index: int, component: str) -> Part | str:
+    """A component of a block, or why it has none; names in it are those in the block."""
+    if not stack.is_loose:
+        return find_component(stack.blocks[index], component)
+    name = part_of_layer(component, index)
+    return "no module is given what the layer is" if name is None else Part(name, stack.owner[1].get_submodule(name))
+
+
+def _site_of_part(places: Places, index: int, part: Part, past_hooks: bool) -> Site:
+    stack = places.blocks
+    common = {"stream": stack.stream, "side": part.side, "index": index, "depth": len(stack.blocks)}
+    if stack.is_loose:
+        prefix = stack.owner[0]
+        name = f"{prefix}.{part.name}" if prefix else part.name
+        return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
+    name = stack.names[index]
+    if not part.name:
+        place = places.of_block(index, part.side)
+        return Site(name, part.module, place, is_block=True, past_hooks=past_hooks, **common)
+    name = f"{name}.{part.name}"
+    return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
 
 
 def _by_pattern(lists: list[BlockList], config: ReftConfig) -> list[BlockList]:
@@ -316,8 +266,7 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
         if not lists:
             raise ValueError(
                 f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} need "
-                f"the blocks of a Transformers model, but none were found in {type(model).__name__}. Name each module "
-                "in target_modules instead."
+                f"{_no_blocks(model)} Name each module in target_modules instead."
             )
         homes = _by_pattern(lists, config)
         _check_layers(homes, config)
@@ -326,14 +275,10 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
     for name, module in named_base_modules(model):
         if not matches(config.target_modules, name) or not has_output(module):
             continue
-        home = next((bl for bl in homes if name.startswith(f"{bl.name}.")), None)
-        index = None if home is None else _index_in(home, name)
+        home, index = _home(homes, name)
         if restricted and (home is None or index not in _indices(len(home.blocks), config)):
             continue
-        width = _features(model, name, module, home)
-        sites.append(
-            Site(name, module, width, streams.get(module, DECODER), index=index, depth=len(home.blocks) if home else 0)
-        )
+        sites.append(_named_site(model, name, module, home, index, streams.get(module, DECODER)))
     if not sites:
         layers = f" in layers_to_transform={config.layers_to_transform!r}" if _layers(config) is not None else ""
         layers += f" in layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
@@ -345,8 +290,24 @@ def _named_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
     return sites
 
 
-def _index_in(home: BlockList, name: str) -> int:
-    return int(name[len(home.name) + 1 :].split(".")[0])
+def _named_site(
+    model: nn.Module, name: str, module: nn.Module, home: BlockList | None, index: int | None, stream: str
+) -> Site:
+    if home is None:
+        return Site(name, module, place_outside(model, name, module), stream)
+    common = {"stream": stream, "index": index, "depth": len(home.blocks)}
+    if name != home.names[index] or home.is_loose:
+        return Site(name, module, place_of_part(home, index, name, module), **common)
+    place = Places(model, home).of_block(index, OUTPUT)
+    return Site(name, module, place, is_block=True, past_hooks=is_called_past_hooks(model, home), **common)
+
+
+def _home(homes: list[BlockList], name: str) -> tuple[BlockList | None, int | None]:
+    """The stack that a module is in, and the number of its block there."""
+    for home in homes:
+        if name.startswith(f"{home.name}.") and (index := home.index_of(name)) is not None:
+            return home, index
+    return None, None
 
 
 def matches(patterns: str | Iterable[str] | None, name: str) -> bool:
@@ -360,31 +321,3 @@ def matches(patterns: str | Iterable[str] | None, name: str) -> bool:
 
 def _holds_any(name: str, modules_to_save: Iterable[str] | None) -> bool:
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules_to_save or ())
-
-
-def _features(model: nn.Module, name: str, module: nn.Module, home: BlockList | None) -> int:
-    """Width of a module's output, as its type tells it; blocks and their direct parts have the hidden size."""
-    width = _own_width(module)
-    if width is None and home is not None:
-        width = home.hidden_size
-    if width is None and isinstance(model, PreTrainedModel):
-        width = _hidden_size(model)
-    if width is None:
-        raise ValueError(
-            f"The width of the output of {name!r} ({type(module).__name__}) cannot be told. Give it an integer "
-            "attribute out_features, or target a module that has one (nn.Linear, nn.Embedding, a normalization layer)."
-        )
-    return width
-
-
-def _own_width(module: nn.Module) -> int | None:
-    for attribute in ("out_features", "embedding_dim", "nf"):
-        if isinstance(width := getattr(module, attribute, None), int):
-            return width
-    if isinstance(module, nn.Sequential) and len(module):
-        return next((width for child in reversed(module) if (width := _own_width(child)) is not None), None)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(module.children(), None) is None:
-        # DeepSpeed's ZeRO-3 holds none of it here and keeps the shape beside it.
-        return getattr(weight, "ds_shape", weight.shape)[0]
-    return None

@@ -21,10 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.calls import groups_of_layers, say_uncalled
 from peft_reft.components import DECODER, ENCODER
+from peft_reft.families import tokens_of_its_own
 from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
-from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache
+from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache, positional_names
 from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests, batch_size
 
 # Arguments of `forward` and `generate` that are for ReFT alone.
@@ -262,7 +263,8 @@ class Entry(StandIn):
         self.encoder_decoder = encoder_decoder
         self.language_model = language_model
         self.root = root
-        self.names = _positional_names(module.forward)
+        self.names = positional_names(module.forward)
+        self.own_tokens = tokens_of_its_own(module)
         self.handles: list[RemovableHandle] = []
 
     @classmethod
@@ -403,6 +405,8 @@ class Entry(StandIn):
         if self.encoder_decoder and stream == DECODER and len(self.streams) > 1:
             return CallTokens.of_decoder(call)
         tokens = CallTokens.of(call)
+        if self.own_tokens and tokens is not None:
+            tokens = tokens.behind(self.own_tokens)
         mask = self.tracker.own.prompt_mask
         if tokens is None or mask is None or tokens.prompt_mask is not None or self.tracker.own.generation is not None:
             return tokens
@@ -435,11 +439,6 @@ class Entry(StandIn):
             if hasattr(cache, "__dict__"):
                 # Decoding loops of the user's tell each pass no more than its own tokens.
                 setattr(cache, RECORD, Record(stream.prompt()))
-
-
-def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -139,12 +139,17 @@ def test_a_component_is_edited_at_the_tensor_that_it_names(name, component):
 @pytest.mark.parametrize("component", ["attention_output", "mlp_output"])
 def test_a_model_without_the_component_says_so(name, component):
     base = ZOO[name].build()
-    with pytest.raises(ValueError, match=rf"component='{component}' was not found in .* \(Mamba2?Block\)\. Name the"):
+    missing = {"attention_output": "attention", "mlp_output": "MLP"}[component]
+    reason = rf"component='{component}' was not found in .* \(Mamba2?Block: no {missing} was found in it\)\. Name the"
+    with pytest.raises(ValueError, match=reason):
         adapted(base, component=component)
     assert not layers_of(base)
 
 
-def test_layers_without_the_component_are_passed_over():
+def test_layers_without_the_component_are_passed_over_and_counted():
+    said = r"'attention_output' is edited in 1 layers; 2 have none .* \(JambaMambaDecoderLayer: no attention was found"
+    with pytest.warns(UserWarning, match=said):
+        adapted(ZOO["jamba"].build(), component="attention_output")
     assert sites_of(adapted(ZOO["jamba"].build(), component="attention_output")) == {"model.layers.1.self_attn.o_proj"}
     with pytest.raises(ValueError, match="component='attention_output' was not found"):
         adapted(ZOO["jamba"].build(), component="attention_output", layers_to_transform=[0, 2])
@@ -156,7 +161,7 @@ def test_a_block_that_adds_up_two_mlps_has_no_mlp_output():
     beside = Tiny("GraniteMoeSharedForCausalLM", settings | {"shared_intermediate_size": 32}, "")
     sites = sites_of(adapted(alone.build(), component="mlp_output"))
     assert sites == {f"model.layers.{i}.block_sparse_moe" for i in range(LAYERS)}
-    with pytest.raises(ValueError, match="component='mlp_output' was not found"):
+    with pytest.raises(ValueError, match=r"component='mlp_output' was not found .* it adds up the outputs of several"):
         adapted(beside.build(), component="mlp_output")
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from tiny import EOS, IMAGE_TOKEN, LAYERS, PAD, VOCAB, ZOO, Tiny
+from tiny import EOS, IMAGE_TOKEN, LAYERS, PAD, VOCAB, ZOO
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -531,20 +531,38 @@ def test_two_stacks_of_equal_weight_are_both_edited():
     assert sites_of(adapted(Twins(base.config), layers_pattern="high", layers_to_transform=0)) == ["high.0"]
 
 
-@pytest.mark.parametrize(
-    ("model", "settings", "message"),
-    [
-        ("XLMModel", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": VOCAB}, "none were found in XLMModel"),
-        (
-            "FunnelModel",
-            {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64},
-            "was not found in any of the asked blocks",
-        ),
-    ],
-)
-def test_a_model_without_a_list_of_blocks_asks_for_names(model, settings, message):
-    with pytest.raises(ValueError, match=f"{message}.* [nN]ame the modules to edit in target_modules"):
-        adapted(Tiny(model, settings, "").build())
+class Pooled(PreTrainedModel):
+    """Has an embedding and a projection, and nothing that is a stack of blocks."""
+
+    config_class = tiny.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8)
+
+
+def test_a_model_without_a_list_of_blocks_asks_for_names_and_says_what_it_looked_for():
+    base = Pooled(tiny.llama(attn_implementation="eager").config)
+    looked = "no nn.ModuleList in it has modules whose outputs are recorded as hidden states"
+    with pytest.raises(ValueError, match=f"none were found in Pooled: {looked}.* Name the modules to edit in target_m"):
+        adapted(base)
+    with pytest.raises(ValueError, match=f"none were found in Pooled: {looked}.* Name each module in target_modules"):
+        adapted(base, target_modules=["head"], layers_to_transform=[0])
+
+
+def test_two_towers_of_which_none_is_the_model_are_chosen_from_by_the_caller():
+    class Towers(PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.low, self.high = (ZOO["bert"].build() for _ in range(2))
+
+    config = tiny.llama(attn_implementation="eager").config
+    with pytest.raises(
+        ValueError, match=r"nothing tells .*: 'low\.encoder\.layer', 'high\.encoder\.layer'\. Choose with"
+    ):
+        adapted(Towers(config))
+    sites = sites_of(adapted(Towers(config), layers_pattern="high.encoder.layer"))
+    assert sites == [f"high.encoder.layer.{i}" for i in range(LAYERS)]
 
 
 def test_a_head_that_generation_calls_for_the_last_token_alone_is_edited():

@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_reft.sites import BlockList, only_block_list
+from peft_reft.components import OUTPUT
+from peft_reft.layouts import first_tensor
+from peft_reft.places import Places
+from peft_reft.stacks import BlockList, only_block_list
 
 _BATCH = 16
 # Which tokens of a text are compared.
@@ -140,10 +144,10 @@ def _mean_states(
     model: nn.Module, block_list: BlockList, texts: list[list[int]], begins: list[int], numbers: Sequence[int]
 ) -> torch.Tensor:
     """Mean over texts of the mean state of the tokens that count, behind each of the blocks; float32 `[layers, d]`."""
-    total = torch.zeros(len(numbers), block_list.hidden_size)
+    total = torch.zeros(())
     for begin in range(0, len(texts), _BATCH):
         batch = slice(begin, begin + _BATCH)
-        total += _states(model, block_list, texts[batch], begins[batch], numbers).sum(1)
+        total = total + _states(model, block_list, texts[batch], begins[batch], numbers).sum(1)
     return total / len(texts)
 
 
@@ -158,14 +162,23 @@ def _states(
     mask = place < lengths[:, None]
     counts = mask & (place >= torch.tensor(begins)[:, None])
     states: dict[int, torch.Tensor] = {}
+    places = Places(model, block_list)
 
-    def keep(number: int, output: torch.Tensor | tuple) -> None:
-        hidden = (output if isinstance(output, torch.Tensor) else output[0]).float()
-        share = (counts / counts.sum(-1, keepdim=True)).to(hidden)
-        states[number] = torch.einsum("bt,btd->bd", share, hidden).cpu()
+    def keep(number: int, hidden: torch.Tensor) -> torch.Tensor:
+        share = (counts / counts.sum(-1, keepdim=True)).to(hidden.device)
+        states[number] = torch.einsum("bt,btd->bd", share, hidden.float()).cpu()
+        return hidden
+
+    def watch(number: int, output: Any) -> None:
+        layout = places.of_block(number, OUTPUT).layout
+        hidden = first_tensor(output)
+        if layout is None:
+            keep(number, hidden)
+        else:
+            layout.edit(hidden, tuple(padded.shape), partial(keep, number))
 
     handles = [
-        block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in numbers
+        block_list.blocks[n].register_forward_hook(lambda module, args, output, n=n: watch(n, output)) for n in numbers
     ]
     device = next(model.parameters()).device
     try:
@@ -174,4 +187,6 @@ def _states(
     finally:
         for handle in handles:
             handle.remove()
+    if unseen := [block_list.names[n] for n in numbers if n not in states]:
+        raise ValueError(f"{type(model).__name__} calls {unseen[0]!r} past its hooks, so its states cannot be read.")
     return torch.stack([states[n] for n in numbers])

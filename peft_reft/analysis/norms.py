@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.analysis.directions import evaluating
 from peft_reft.components import DECODER, INPUT
-from peft_reft.layer import ReftLayer, first_tensor, layers
+from peft_reft.layer import ReftLayer, layers
+from peft_reft.layouts import first_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -42,17 +42,20 @@ class _Edits:
         return lines
 
 
-def show_positions(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text_or_messages: str | Messages) -> None:
+def show_positions(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text_or_messages: str | Messages | torch.Tensor
+) -> None:
     """Print a text with the tokens that the model's active adapters edit marked, by unit, and at how many layers.
 
     A text, or messages that end with the user's turn, are shown as `generate` takes them: all of it is prompt. In
     messages that end with the assistant's turn that turn is the completion, as in prompt/completion training data.
+    Token ids, such as a processor makes of a text with images, are a prompt too: every place of an image is a token.
     Colored in a terminal, HTML in a notebook, `[brackets]` elsewhere.
 
     Args:
         model: a PEFT model with ReFT adapters, or a model that they were injected into.
         tokenizer: its tokenizer; messages need its chat template.
-        text_or_messages: a string, or messages with `role` and `content`.
+        text_or_messages: a string, messages with `role` and `content`, or token ids `[tokens]`.
 
     Raises:
         ValueError: no active ReFT adapter on the model.
@@ -70,8 +73,12 @@ def show_positions(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text_or
         print(_to_text(pieces, edits, colored=sys.stdout.isatty()))
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text_or_messages: str | Messages) -> tuple[list[int], int]:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text_or_messages: str | Messages | torch.Tensor
+) -> tuple[list[int], int]:
     """Token ids, and how many of them are prompt."""
+    if isinstance(text_or_messages, torch.Tensor):
+        return text_or_messages.tolist(), len(text_or_messages)
     if isinstance(text_or_messages, str):
         ids = tokenizer(text_or_messages)["input_ids"]
         return ids, len(ids)

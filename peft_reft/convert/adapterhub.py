@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from peft_reft.config import ReftConfig
 from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_base_weights
 from peft_reft.convert.files import present, read_json, read_tensors
-from peft_reft.sites import only_block_list
+from peft_reft.stacks import only_block_list
 
 CONFIG = "adapter_config.json"
 HEAD_CONFIG = "head_config.json"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from peft_reft.components import COMPONENTS
 from peft_reft.convert.common import Edit, ForeignAdapter, Place, Weights, read_base_weights
 from peft_reft.convert.files import present, read_json, read_tensors
-from peft_reft.sites import only_block_list
+from peft_reft.stacks import only_block_list
 from peft_reft.tokens.positions import Positions
 
 TRAINER_FOLDER = "intervenable_model"

@@ -56,7 +56,7 @@ class Stream:
             return EVERY_TOKEN
         key = (positions.key, hidden.device, *hidden.shape[:-1])
         if key not in self._selections:
-            self._check_shape(positions, hidden, name)
+            self.check_shape(positions, hidden, name)
             segments = self.segments(positions, (int(hidden.shape[0]), int(hidden.shape[1])))
             self._selections[key] = segments.selection(positions, len(hidden), hidden.device, self.training)
         return self._selections[key]
@@ -72,7 +72,7 @@ class Stream:
             return EVERY_TOKEN
         key = (positions.key, hidden.device)
         if key not in self._selections:
-            self._check_shape(positions, hidden, name)
+            self.check_shape(positions, hidden, name)
             self._selections[key] = Selection(self._in_graph(positions, hidden))
         return self._selections[key]
 
@@ -86,7 +86,7 @@ class Stream:
             return RowSelection(torch.ones(hidden.shape[:2], dtype=torch.int8, device=hidden.device))
         key = (positions, hidden.device, *hidden.shape[:-1])
         if key not in self._selections:
-            self._check_shape(next(iter(positions.masks)), hidden, name)
+            self.check_shape(next(iter(positions.masks)), hidden, name)
             self._selections[key] = self._select_by_row(positions, hidden, in_graph)
         return self._selections[key]
 
@@ -98,7 +98,8 @@ class Stream:
         """Whether `hidden` has other tokens than the pass: generation calls a head for the last one alone."""
         return hidden.dim() == 3 and hidden.shape[1] != self.shape[1]
 
-    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+    def check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+        """Refuse hidden representations whose tokens are not those of the pass."""
         if hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape:
             raise ValueError(
                 f"{name} {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
@@ -144,7 +145,7 @@ class Untold(Stream):
     def _is_cut(self, hidden: torch.Tensor) -> bool:
         return False
 
-    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+    def check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
         """Any shape fits."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +102,12 @@ class CallTokens:
         if own.get("input_ids") is None and own.get("inputs_embeds") is None:
             own["input_ids"] = labels if _has_axes(labels, 2) else call.get("input_ids")
         return cls.of(own | {"cache": find_cache(call)})
+
+    def behind(self, own: int) -> CallTokens:
+        """The new ones of these tokens, where a model has `own` tokens of its own in the cache and is given all ids."""
+        past = max(self.past_on_host - own, 0)
+        ids = None if self.ids is None else self.ids[:, past:]
+        return replace(self, shape=(self.shape[0], self.shape[1] - past), ids=ids, past=past)
 
     @property
     def past_on_host(self) -> int:
@@ -380,9 +387,9 @@ class Decoded(Stream):
     def _is_cut(self, hidden: torch.Tensor) -> bool:
         return self.tokens is not None and super()._is_cut(hidden)
 
-    def _check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
+    def check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
         if self.tokens is not None:
-            super()._check_shape(positions, hidden, name)
+            super().check_shape(positions, hidden, name)
 
 
 def _running_trainer() -> Any | None:
@@ -396,3 +403,9 @@ def _running_trainer() -> Any | None:
                 return owner
         frame = frame.f_back
     return None
+
+
+def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a `forward` takes by position, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)

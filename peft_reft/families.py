@@ -1,0 +1,140 @@
+"""What of some families of models neither their structure nor a protocol of Transformers tells.
+
+One entry a family, each with its reason. The sweep over all architectures (`tests/architectures.py`) finds families
+that lack one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from peft_reft.layouts import Among, Axes, Elsewhere, Layout, Repeated
+
+# Class of a model -> the list in it whose modules put out what a layer does.
+_STACKS = {
+    # Bytes are encoded into patches and decoded again, with a stack for each and one between. The decoder is the
+    # deepest of those with a place for each byte.
+    "BltModel": "local_decoder.layers",
+    # There are no blocks: the model itself calls the attentions, MLPs and norms of all layers, which stand in four
+    # lists. A layer ends with its second norm.
+    "XLMModel": "layer_norm2",
+    "FlaubertModel": "layer_norm2",
+}
+# Of models without blocks: component -> the module of a layer's number.
+_PARTS = {
+    "attention_output": "attentions.{}.out_lin",
+    "mlp_output": "ffns.{}.lin2",
+    "block_output": "layer_norm2.{}",
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the tokens are in what a block is given and returns.
+
+    Attributes:
+        layout: the layout.
+        reason: why it is not the usual one, a clause after "because".
+        streams: number of vectors of the hidden size that are one token's representation.
+        inside: whether the modules within the block have that layout too.
+    """
+
+    layout: Layout | None
+    reason: str
+    streams: int = 1
+    inside: bool = False
+
+
+_TOKENS_FIRST = Placement(Axes("tbd"), "its blocks work on [tokens, batch, features]", inside=True)
+_TEXT_FIRST = Placement(Among(), "it puts the places of an image behind the tokens of the text", inside=True)
+_PADDED = Placement(Among(), "it pads what it is given to a multiple of its block size", inside=True)
+
+# model_type of the configuration -> placement
+_PLACEMENTS: dict[str, Callable[[PreTrainedConfig], Placement]] = {
+    "xlnet": lambda config: _TOKENS_FIRST,
+    "fsmt": lambda config: _TOKENS_FIRST,
+    "squeezebert": lambda config: Placement(
+        Axes("bdt"), "its blocks are convolutions over [batch, features, tokens]", inside=True
+    ),
+    "cpmant": lambda config: Placement(
+        Among(config.prompt_length), "it puts a learned prompt before its input", inside=True
+    ),
+    "prophetnet": lambda config: Placement(
+        Repeated(), "its decoder has each token once more for every future token that it predicts", inside=True
+    ),
+    "pegasus_x": lambda config: _PADDED,
+    "canine": lambda config: Placement(Elsewhere(), "its blocks see one vector for several characters", inside=True),
+    "perceiver": lambda config: Placement(Elsewhere(), "its blocks see latent vectors, not tokens", inside=True),
+    "vilt": lambda config: _TEXT_FIRST,
+    "visual_bert": lambda config: _TEXT_FIRST,
+    "layoutlmv2": lambda config: _TEXT_FIRST,
+    "layoutlmv3": lambda config: _TEXT_FIRST,
+}
+_POOLED = Placement(Elsewhere(), "it pools tokens between its first blocks and this one", inside=True)
+
+
+def stack_of(model: PreTrainedModel) -> str | None:
+    """Name of the list of blocks in a model of a family that does not tell it otherwise."""
+    # Subclasses, such as FSDP's, are of the family.
+    stack = next((_STACKS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _STACKS), None)
+    # Where norms come first, nothing puts out what a layer does.
+    return None if stack in _PARTS.values() and getattr(model.config, "pre_norm", False) else stack
+
+
+def tokens_of_its_own(model: nn.Module) -> int:
+    """How many tokens a model puts before its input and counts in its cache, which it skips in the ids it is given."""
+    config = getattr(model, "config", None)
+    return config.prompt_length if getattr(config, "model_type", None) == "cpmant" else 0
+
+
+def has_loose_layers(model: PreTrainedModel) -> bool:
+    """Whether a model has no blocks, but lists of the parts of its layers."""
+    return any(cls.__name__ in ("XLMModel", "FlaubertModel") for cls in type(model).__mro__)
+
+
+def part_of_layer(component: str, layer: int) -> str | None:
+    """Name of the module of a component, in a model without blocks; None if it has none."""
+    return _PARTS[component].format(layer) if component in _PARTS else None
+
+
+def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placement | None:
+    """Where the tokens are in what a block is given and returns, None for the usual `[batch, tokens, features]`.
+
+    Args:
+        owner: the innermost model that holds the block.
+        block: the block.
+        name: its dotted name in the owner.
+    """
+    config = owner.config
+    if _pads(type(owner)):
+        return _PADDED
+    if (streams := _streams(config, block)) is not None:
+        return streams
+    if config.model_type == "funnel":
+        return None if name.startswith("encoder.blocks.0.") else _POOLED
+    placement = _PLACEMENTS.get(config.model_type)
+    return None if placement is None else placement(config)
+
+
+@cache
+def _pads(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model has a method of its own that pads its input, as models with block-sparse attention do."""
+    return any(name.startswith("_pad_to_") for name in dir(model_class))
+
+
+def _streams(config: PreTrainedConfig, block: nn.Module) -> Placement | None:
+    """The placement of blocks with several residual streams, which their own modules mix."""
+    children = [type(child).__name__ for child in block.children()]
+    reason = "each token has several residual streams"
+    if any(name.endswith("HyperConnection") for name in children) and (count := getattr(config, "hc_mult", None)):
+        return Placement(Axes("btsd"), reason, count)
+    if any(name.endswith("GatedResidual") for name in children) and (count := getattr(config, "hc_count", None)):
+        return Placement(None, reason, count)
+    if any(name.endswith("AltUp") for name in children) and (count := getattr(config, "altup_num_inputs", None)):
+        return Placement(Axes("sbtd"), reason, count)
+    return None

@@ -1,0 +1,197 @@
+"""What a block, or a module in one, is given and puts out: how wide it is, and where the tokens are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import unwrap
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_reft.families import Placement, placement_of
+from peft_reft.layouts import Axes, Layout
+from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places, takes_tokens
+from peft_reft.stacks import BlockList
+
+_CONFIGURED = (
+    "the hidden size in the model's configuration. Target a module that tells its own width in target_modules "
+    "(nn.Linear, nn.Embedding, a normalization layer)"
+)
+_PROBED = "as a pass through a copy of the model without weights tells. Target another module"
+_OWN = "the width that this module tells. Target another module, or, if it is one of yours, correct its out_features"
+_REMEDY = (
+    "Give it an integer attribute out_features, or target a module that has one (nn.Linear, nn.Embedding, a "
+    "normalization layer)."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hidden representations that a module is given or puts out.
+
+    Attributes:
+        features: size of what stands for one token.
+        layout: where the tokens are, None for `[batch, tokens, features]`.
+        reason: why that is the layout, a clause.
+        told_by: what tells `features`, and what to do if that is wrong; an apposition.
+    """
+
+    features: int
+    layout: Layout | None = None
+    reason: str = ""
+    told_by: str = _CONFIGURED
+
+
+class Places:
+    """What the blocks of one stack are given and put out.
+
+    Args:
+        model: the model that holds the stack.
+        blocks: the stack.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: BlockList) -> None:
+        self.model = model
+        self.blocks = blocks
+        self._shapes: list[Shapes] | None = None
+
+    def of_block(self, index: int, side: str) -> Place:
+        """What a block is given (`side="input"`) or puts out.
+
+        Raises:
+            ValueError: how wide that is cannot be told.
+        """
+        blocks, owner = self.blocks, self.blocks.owner[1]
+        placement = _placement(blocks, index)
+        if placement is None and self._in_places():
+            if (place := self._probed(blocks.names[index], side)) is not None:
+                return place
+            if not _alike(blocks.blocks):
+                raise ValueError(_untold(blocks.names[index], blocks.blocks[index]))
+        width = hidden_size(owner)
+        if width is None:
+            raise ValueError(_untold(blocks.names[index], blocks.blocks[index]))
+        if placement is None:
+            return Place(width)
+        return Place(width * placement.streams, placement.layout, placement.reason)
+
+    def _probed(self, name: str, side: str) -> Place | None:
+        """What a pass without numbers tells of a block."""
+        if self._shapes is None:
+            self._shapes = self._probe()
+        shapes = [found[name, side] for found in self._shapes if (name, side) in found]
+        if not shapes or len(shapes[0]) < 2:
+            return None
+        axis = axis_of_features(shapes[0], shapes[1] if len(shapes) > 1 else None)
+        features, last = shapes[0][axis], len(shapes[0]) - 1
+        if axis == last:
+            return Place(features, told_by=_PROBED)
+        order = "b" + "".join("d" if i == axis else "hwft"[i - 2] for i in range(1, last + 1))
+        return Place(features, Axes(order), "its blocks work on features before places", _PROBED)
+
+    def _in_places(self) -> bool:
+        """Whether the innermost model around the stack that takes input of its own takes no tokens."""
+        for _, part in self._around():
+            if takes_places(part) or takes_tokens(part):
+                return not takes_tokens(part)
+        return False
+
+    def _probe(self) -> list[Shapes]:
+        """By the innermost model around the stack that runs on its own."""
+        for prefix, part in self._around():
+            if not takes_places(part):
+                continue
+            inside = {name[len(prefix) + 1 if prefix else 0 :]: name for name in self.blocks.names}
+            if found := shapes_of(part, list(inside)):
+                return [{(inside[short], side): s for (short, side), s in shapes.items()} for shapes in found]
+        return []
+
+    def _around(self) -> Iterator[tuple[str, PreTrainedModel]]:
+        """The models around the stack, the innermost first, by their names."""
+        parts = self.blocks.owner[0].split(".") if self.blocks.owner[0] else []
+        for length in range(len(parts), -1, -1):
+            name = ".".join(parts[:length])
+            if isinstance(part := self.model.get_submodule(name), PreTrainedModel):
+                yield name, part
+
+
+def _alike(blocks: tuple[nn.Module, ...]) -> bool:
+    """Whether all blocks have parameters of the same shapes, and so the same width."""
+    shapes = [[tuple(parameter.shape) for parameter in block.parameters()] for block in blocks]
+    return all(other == shapes[0] for other in shapes)
+
+
+def place_of_part(blocks: BlockList, index: int, name: str, module: nn.Module) -> Place:
+    """What a module in a block puts out, `name` being its dotted name in the model.
+
+    Raises:
+        ValueError: how wide that is cannot be told.
+    """
+    place = _place(name, module, blocks.owner[1])
+    placement = _placement(blocks, index)
+    if placement is None or not placement.inside:
+        return place
+    return replace(place, layout=placement.layout, reason=placement.reason)
+
+
+def place_outside(model: nn.Module, name: str, module: nn.Module) -> Place:
+    """What a module outside of all blocks puts out.
+
+    Raises:
+        ValueError: how wide that is cannot be told.
+    """
+    return _place(name, module, model)
+
+
+def _place(name: str, module: nn.Module, model: nn.Module) -> Place:
+    if (width := own_width(module)) is not None:
+        return Place(width, told_by=_OWN)
+    width = hidden_size(model) if isinstance(model, PreTrainedModel) else None
+    if width is None:
+        raise ValueError(_untold(name, module))
+    return Place(width)
+
+
+def _untold(name: str, module: nn.Module) -> str:
+    return f"The width of the output of {name!r} ({type(module).__name__}) cannot be told. {_REMEDY}"
+
+
+def _placement(blocks: BlockList, index: int) -> Placement | None:
+    prefix, owner = blocks.owner
+    return placement_of(owner, blocks.blocks[index], blocks.names[index].removeprefix(f"{prefix}."))
+
+
+def is_called_past_hooks(model: nn.Module, blocks: BlockList) -> bool:
+    """Whether the module that holds a list of blocks calls their `forward` itself, as the code of its own tells."""
+    holder = model.get_submodule(blocks.name.rpartition(".")[0])
+    return _names_forward(type(holder))
+
+
+@cache
+def _names_forward(module_class: type[nn.Module]) -> bool:
+    code = getattr(unwrap(module_class.forward), "__code__", None)
+    # `super().forward(...)` names both.
+    return code is not None and "forward" in code.co_names and "super" not in code.co_names
+
+
+def hidden_size(model: PreTrainedModel) -> int | None:
+    """Width of a model's hidden representations, None if its configuration does not tell one."""
+    config = model.config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd", "dim"))
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def own_width(module: nn.Module) -> int | None:
+    """Width of a module's output, None if its type does not tell it."""
+    for attribute in ("out_features", "embedding_dim", "nf"):
+        if isinstance(width := getattr(module, attribute, None), int):
+            return width
+    if isinstance(module, nn.Sequential) and len(module):
+        return next((width for child in reversed(module) if (width := own_width(child)) is not None), None)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(module.children(), None) is None:
+        # DeepSpeed's ZeRO-3 holds none of it here and keeps the shape beside it.
+        return getattr(weight, "ds_shape", weight.shape)[0]
+    return None

@@ -1,0 +1,110 @@
+"""Shapes of what the blocks of a vision or audio model are given and put out, by a pass without numbers.
+
+Such models have blocks of different widths, and grids of places, features first or last. Neither their structure nor
+their configurations tell that in one way, so a copy of the model without weights runs once on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from peft_reft.components import INPUT, OUTPUT
+from peft_reft.layouts import first_tensor
+
+_BATCH = 2
+# Name of a block, side -> shape.
+Shapes = dict[tuple[str, str], tuple[int, ...]]
+
+
+def takes_places(model: PreTrainedModel) -> bool:
+    """Whether a model's input is an image, a video or a sound, rather than tokens."""
+    return model.main_input_name in ("pixel_values", "pixel_values_videos", "input_values")
+
+
+def takes_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model takes token ids."""
+    return "input_ids" in inspect.signature(model.forward).parameters
+
+
+def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
+    """Shapes at modules of a model, by their names in it: for an input as its configuration tells, and for a larger
+    one if the model takes one. Empty if it does not run without numbers.
+    """
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config)).eval()
+        return list(_runs(twin, names))
+    except Exception:
+        # Models that look at numbers while they run, or at packages that are not there.
+        return []
+
+
+def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
+    found: Shapes = {}
+
+    def keep(name: str, side: str, value: Any) -> None:
+        hidden = first_tensor(value)
+        if isinstance(hidden, torch.Tensor):
+            found.setdefault((name, side), tuple(hidden.shape))
+
+    for name in names:
+        module = twin.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: keep(name, INPUT, args or kwargs), with_kwargs=True
+        )
+        module.register_forward_hook(lambda m, args, output, name=name: keep(name, OUTPUT, output))
+    outputs = {(name, OUTPUT) for name in names}
+    for group in _inputs(twin):
+        whole = False
+        for inputs in group:
+            found.clear()
+            # What fails behind the blocks does not matter.
+            with suppress(Exception), torch.no_grad():
+                twin(**inputs)
+            if found.keys() >= outputs:
+                whole = True
+                yield dict(found)
+        if whole:
+            return
+
+
+def _inputs(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Inputs to try, in groups of which one is enough: the first of a group as large as told, the others larger."""
+    name, config = model.main_input_name, model.config
+    channels = _told(config, "num_channels", "in_channels", "in_chans", default=3)
+    channels = channels if isinstance(channels, int) else 3
+    if name == "input_values":
+        for leading in ((_BATCH, 1), (_BATCH,)):
+            yield [{name: _empty(*leading, length)} for length in (30720, 61440)]
+        return
+    size = _told(config, "image_size", "input_size", default=224)
+    height, width = map(int, (size if isinstance(size, (tuple, list)) else (size, size))[-2:])
+    frames = _told(config, "frames_per_clip", "num_frames", default=4)
+    for leading in ((channels,), (frames, channels), (channels, frames)):
+        yield [{name: _empty(_BATCH, *leading, n * height, n * width)} for n in (1, 2, 4)]
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _told(config: PreTrainedConfig, *names: str, default: Any) -> Any:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), default)
+
+
+def axis_of_features(shape: tuple[int, ...], larger: tuple[int, ...] | None) -> int:
+    """Which axis holds features, given a shape and that for a larger input (None where there is none)."""
+    last = len(shape) - 1
+    if larger is not None and len(larger) == len(shape):
+        steady = [axis for axis in range(1, len(shape)) if shape[axis] == larger[axis]]
+        return steady[0] if len(steady) == 1 else last
+    # Images are square.
+    return 1 if len(shape) == 4 and shape[2] == shape[3] != shape[1] else last

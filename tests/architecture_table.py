@@ -1,0 +1,116 @@
+"""The table of the manual that `architectures.py` writes: what is edited in each family of models."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import peft
+import torch
+import transformers
+
+_HEAD = """# Architectures
+
+What `tests/architectures.py` found in every model class of Transformers' automatic mappings, each tiny and random, with
+Transformers {transformers}, PEFT {peft} and torch {torch} ({processor}). It compares with the base model, with rows
+alone instead of in a padded batch, with Transformers' own hidden states, and with generation by other routes.
+
+{counts}
+
+A row is a family, by its `model_type`. *Blocks* are the modules that `component="block_output"` edits, *attention* and
+*MLP* those of `attention_output` and `mlp_output` (numbers of layers are N). *Classes* counts those that are whole.
+*Remarks* tells what could not be compared, because the base model itself differs there, or what is refused.
+
+## What stands for a token
+
+Blocks put out `[batch, tokens, hidden size]`. Where they do not, the layout is known when an adapter is attached:
+
+{layouts}
+
+Images and sounds among the tokens of a language model count as tokens of the prompt.
+
+## Families
+
+| family | blocks | attention | MLP | classes | remarks |
+|---|---|---|---|---|---|
+"""
+_LAYOUTS = [
+    ("where the tokens are", "families", "what is edited"),
+    ("---", "---", "---"),
+    ("`[tokens, batch, d]`, `[batch, d, tokens]`", "XLNet, FSMT; SqueezeBert", "the token"),
+    (
+        "several residual streams: `[b, t, s, d]`, `[s, b, t, d]`, `[b, t, s * d]`",
+        "DeepSeek-V4, HY-V4, GLM-5-Next; Gemma 3n; Qwen4-Exp",
+        "all streams of the token, one after another: one vector of width `s * d`",
+    ),
+    ("padded inside the model", "Longformer, LED, Pegasus-X, BigBird, Reformer", "the tokens of the input"),
+    (
+        "beside tokens of the model's own",
+        "CPM-Ant; with an image ViLT, VisualBERT, LayoutLMv2, LayoutLMv3",
+        "the tokens of the input",
+    ),
+    ("every token several times", "ProphetNet's decoder", "each time alike"),
+    (
+        "one vector for several tokens, or none for any",
+        "Canine, Perceiver, Funnel behind its first blocks",
+        'everything (`positions="all"`); words that count tokens are refused when attaching',
+    ),
+    (
+        "grids, in any order of axes",
+        "vision and audio models",
+        'every place (`positions="all"`); without tokens `f<n>` counts places row by row',
+    ),
+]
+_STATES = {
+    "ok": "pass all checks that the base model allows",
+    "known": "fail, for the reason that the sweep lists",
+    "FAIL": "fail",
+    "base": "are not built or do not run here (their base model wants a package or inputs that the sweep lacks)",
+}
+
+
+def table(rows: Iterable[Mapping], states: Mapping[str, str]) -> str:
+    """The page, from the rows of the sweep and the state of each class."""
+    families: dict[str, list[Mapping]] = {}
+    for row in rows:
+        families.setdefault(row["model_type"], []).append(row)
+    counts = Counter(states.values())
+    said = "; ".join(f"{counts[state]:,} {what}" for state, what in _STATES.items() if counts[state])
+    head = _HEAD.format(
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        torch=torch.__version__,
+        processor=platform.machine(),
+        layouts="\n".join(f"| {' | '.join(cells)} |" for cells in _LAYOUTS),
+        counts=f"Of {sum(counts.values()):,} classes, {said}.",
+    )
+    return head + "".join(_line(name, families[name], states) for name in sorted(families))
+
+
+def _line(family: str, rows: list[Mapping], states: Mapping[str, str]) -> str:
+    first = max(rows, key=lambda row: len(row.get("checks", {})))
+    notes, checks = first.get("notes", {}), first.get("checks", {})
+    whole = sum(states[row["class"]] == "ok" for row in rows)
+    cells = [
+        f"`{family}`",
+        _sites(notes.get("sites")),
+        _sites(notes.get("attention_output")),
+        _sites(notes.get("mlp_output")),
+        f"{whole} of {len(rows)}",
+        _remarks(checks, notes),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _sites(names: list[str] | None) -> str:
+    return ", ".join(f"`{name}`" for name in names or ())
+
+
+def _remarks(checks: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    shown = [
+        f"{name}: {said}" for name, said in checks.items() if said != "ok" and name not in ("lora", "checkpointing")
+    ]
+    if "error" in notes:
+        shown.append(f"base model: {notes['error'].partition(' (')[0][:100]}")
+    return "; ".join(shown).replace("|", "\\|").replace("\n", " ")

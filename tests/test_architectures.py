@@ -1,0 +1,191 @@
+"""A dozen architectures that are unlike most, whole; `tests/architectures.py` has the same checks for all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from adapters import layers_of
+from architecture_checks import Checks
+from peft import get_peft_model
+from reference import edited
+from shrunk import config_for
+from subjects import MAPPINGS, Subject, architectures, build, tokens
+from torch import nn
+
+from peft_reft import ReftConfig
+from peft_reft.layouts import first_tensor
+from peft_reft.past_hooks import EditedForward
+from peft_reft.sites import find_sites
+from peft_reft.stacks import block_lists
+
+_NO_PARTS = {"attention_output": "no attention was found", "mlp_output": "no MLP was found"}
+_NO_CHECKPOINTS = {"checkpointing": "the base model has none"}
+# Class -> what a check cannot look at. Each stands for a way in which models differ.
+HARD: dict[str, dict[str, str]] = {
+    # Blocks whose forward is called past their hooks, features before tokens.
+    "SqueezeBertModel": _NO_PARTS,
+    # Tokens before the batch.
+    "XLNetLMHeadModel": _NO_CHECKPOINTS | _NO_PARTS | {"generate": "alone: the base model differs"},
+    "FSMTForConditionalGeneration": {},
+    # Several residual streams: [b, t, s, d], [s, b, t, d], [b, t, s * d].
+    "DeepseekV4ForCausalLM": {"padding": "left: the base model differs", "generate": "alone: the base model differs"},
+    "Gemma3nForCausalLM": {},
+    "Qwen4ExpForCausalLM": {"attention_output": "no attention was found"},
+    # Padded inside; a prompt of its own before the tokens; the tokens several times over.
+    "LongformerModel": {},
+    "CpmAntForCausalLM": _NO_CHECKPOINTS | {"padding": "right: the base model", "generate": "no cache: the base model"},
+    "ProphetNetForConditionalGeneration": {"padding": "left: the base model differs"},
+    # No blocks at all; lists of lists, and tokens pooled between; bytes, patches and bytes again.
+    "XLMWithLMHeadModel": _NO_CHECKPOINTS | {"generate": "the base model differs", "block_input": "no module is given"},
+    "FunnelModel": {"padding": "the base model differs"},
+    "BltForCausalLM": {
+        "padding": "left: the base model differs",
+        "checkpointing": "LoRA fails alike",
+        "generate": "the base model does not generate",
+    },
+    # One tower alone, grids of places, features before places in different widths.
+    "CLIPForImageClassification": {},
+    "SamVisionModel": {},
+    "ResNetModel": _NO_PARTS,
+    # Blocks within blocks, mixtures, hyper-connections.
+    "ZambaForCausalLM": _NO_PARTS,
+    "HYV4ForCausalLM": {},
+}
+KINDS = {name: (kind, model_type) for kind, model_type, name in architectures(list(MAPPINGS))}
+
+
+def subject_of(name: str) -> Subject:
+    if not hasattr(transformers, name):
+        pytest.skip(f"Transformers {transformers.__version__} has no {name}")
+    kind, model_type = KINDS[name]
+    return Subject(kind, build(model_type, name))
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_every_check_holds(name):
+    said = {check: run() for check, run in Checks(subject_of(name)).all().items() if check != "lora"}
+    unseen = {check: reason for check, reason in said.items() if reason is not None}
+    assert unseen.keys() == HARD[name].keys(), unseen
+    for check, reason in HARD[name].items():
+        assert reason in unseen[check]
+
+
+# How each puts out tokens, by hand: what its first block returns -> [batch, tokens, all that stands for one token].
+LAYOUTS = {
+    "XLNetModel": lambda hidden: hidden.transpose(0, 1),
+    "SqueezeBertModel": lambda hidden: hidden.transpose(1, 2),
+    "LongformerModel": lambda hidden: hidden[:, :7],
+    "CpmAntModel": lambda hidden: hidden[:, -7:],
+    "DeepseekV4Model": lambda hidden: hidden.flatten(2),
+    "Gemma3nTextModel": lambda hidden: torch.cat(list(hidden), dim=-1),
+    "Qwen4ExpTextModel": lambda hidden: hidden,
+}
+
+
+def record(block: nn.Module, outputs: list[torch.Tensor]) -> None:
+    """Keep what a block puts out, behind all edits, whether it is called or its `forward` is."""
+    forward = block.forward
+    if not isinstance(forward, EditedForward):
+        block.register_forward_hook(lambda module, args, output: outputs.append(first_tensor(output)))
+        return
+
+    def recorded(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        outputs.append(first_tensor(output))
+        return output
+
+    block.forward = recorded
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_the_edit_of_a_token_is_the_equation_wherever_the_token_stands(name):
+    subject = subject_of(name)
+    settings = {"r": 2, "init_weights": False, "positions": "f1+l2", "layers_to_transform": 0}
+    model = get_peft_model(subject.model, ReftConfig(**settings)).eval()
+    (layer,) = layers_of(model)
+    outputs = []
+    record(layer.host, outputs)
+    batch = subject.told(tokens((7, 4)))
+    model(**batch)
+    with model.disable_adapter():
+        model(**batch)
+    after, before = map(LAYOUTS[name], outputs)
+    params = {name: p[0].detach() for name, p in layer.reft_intervention["default"].named_parameters()}
+    for row, places in enumerate(({0, 5, 6}, {0, 2, 3})):
+        for token in range(7):
+            if token in places:
+                expected = edited("loreft", before[row, token], params)
+                torch.testing.assert_close(after[row, token], expected, rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(after[row, token], before[row, token])
+
+
+# Stacks of models that have several lists of blocks, or hide theirs: how many blocks, and of which class.
+STACKS = {
+    "RTDetrModel": {"encoder.aifi": (1, "RTDetrAIFILayer"), "decoder.layers": (2, "RTDetrDecoderLayer")},
+    "RTDetrV2Model": {"encoder.aifi": (1, "RTDetrV2AIFILayer"), "decoder.layers": (2, "RTDetrV2DecoderLayer")},
+    "Deimv2Model": {"encoder.aifi": (1, "Deimv2AIFILayer"), "decoder.layers": (2, "Deimv2DecoderLayer")},
+    "RfDetrModel": {"decoder.layers": (2, "RfDetrDecoderLayer")},
+    "VitsModel": {"text_encoder.encoder.layers": (4, "VitsEncoderLayer")},
+    "IdeficsModel": {"layers": (4, "IdeficsDecoderLayer")},
+    "EvollaModel": {"layers": (4, "EvollaDecoderLayer")},
+    "PI0Model": {"vlm.language_model.layers": (4, "GemmaDecoderLayer")},
+    "BltModel": {"local_decoder.layers": (4, "BltTransformerLayer")},
+    "ParakeetForCTC": {"encoder.layers": (4, "ParakeetEncoderBlock")},
+    "LasrForCTC": {"encoder.layers": (4, "LasrEncoderBlock")},
+    "SiglipForImageClassification": {"vision_model.encoder.layers": (4, "SiglipEncoderLayer")},
+    "Siglip2ForImageClassification": {"vision_model.encoder.layers": (4, "Siglip2EncoderLayer")},
+    "MetaClip2ForImageClassification": {"vision_model.encoder.layers": (4, "MetaClip2EncoderLayer")},
+    "SwiftFormerModel": {"encoder.network": (4, "SwiftFormerStage")},
+    "GLPNModel": {"encoder.block": (8, "GLPNLayer")},
+    "PoolFormerModel": {"encoder.block": (8, "PoolFormerLayer")},
+    "PvtModel": {"encoder.block": (8, "PvtLayer")},
+    "HrmTextModel": {"L_module.layers": (4, "HrmTextDecoderLayer"), "H_module.layers": (4, "HrmTextDecoderLayer")},
+}
+
+
+def on_meta(name: str) -> nn.Module:
+    if not hasattr(transformers, name):
+        pytest.skip(f"Transformers {transformers.__version__} has no {name}")
+    model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        return model_class(config_for(model_class, KINDS[name][1]))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_the_stack_is_the_one_that_transformers_itself_takes_for_the_blocks(name):
+    found = {stack.name: (len(stack.blocks), type(stack.blocks[0]).__name__) for stack in block_lists(on_meta(name))}
+    assert found == STACKS[name]
+
+
+def test_blocks_of_lists_in_a_list_are_numbered_through():
+    (stack,) = block_lists(on_meta("PvtModel"))
+    assert stack.names == tuple(f"encoder.block.{stage}.{layer}" for stage in range(4) for layer in range(2))
+    sites = find_sites(on_meta("PvtModel"), ReftConfig(positions="all", r=2, layers_to_transform=[3, -1]))
+    assert [site.name for site in sites] == ["encoder.block.1.1", "encoder.block.3.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("ResNetModel", [256, 512, 1024, 2048]),
+        ("HieraModel", [32, 64, 128, 256]),
+        ("PvtModel", [64, 64, 128, 128, 320, 320, 512, 512]),
+        ("DacModel", [64, 128, 256, 512]),
+        ("ConvNextModel", [96, 192, 384, 768]),
+    ],
+)
+def test_each_block_has_its_own_width_known_when_attaching(name, widths):
+    sites = find_sites(on_meta(name), ReftConfig(positions="all", r=2))
+    assert [site.features for site in sites] == widths
+
+
+def test_a_counted_token_is_refused_when_attaching_where_it_has_no_place():
+    with pytest.raises(ValueError, match=r"'f1' has no meaning at 'encoder\.layer\.0': .* one vector for several char"):
+        find_sites(on_meta("CanineModel"), ReftConfig(positions="f1"))
+    with pytest.raises(ValueError, match=r"'f1' has no meaning at 'encoder\.blocks\.1\.0': .* pools tokens"):
+        find_sites(on_meta("FunnelModel"), ReftConfig(positions="f1"))
+    sites = find_sites(on_meta("FunnelModel"), ReftConfig(positions="f1", layers_to_transform=[0]))
+    assert [site.name for site in sites] == ["encoder.blocks.0.0"]
