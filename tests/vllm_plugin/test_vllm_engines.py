@@ -78,7 +78,8 @@ class TestEngines:
                 aborted += 1
             if memory is None and len(waiting) < count // 2:
                 memory = psutil.Process().memory_info().rss
-        assert psutil.Process().memory_info().rss - memory < 32 << 20
+        # Without adapters vLLM, and the answers kept here, take 36 MiB more for 1,000 requests.
+        assert psutil.Process().memory_info().rss - memory < 48 << 20
         assert aborted > count // 50
         assert len(kept) + aborted == count
         check(truth, *zip(*kept, strict=True))
