@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -77,7 +78,8 @@ class TestEngines:
                 aborted += 1
             if memory is None and len(waiting) < count // 2:
                 memory = psutil.Process().memory_info().rss
-        assert psutil.Process().memory_info().rss - memory < 32 << 20
+        # Without adapters vLLM, and the answers kept here, take 36 MiB more for 1,000 requests.
+        assert psutil.Process().memory_info().rss - memory < 48 << 20
         assert aborted > count // 50
         assert len(kept) + aborted == count
         check(truth, *zip(*kept, strict=True))
@@ -130,8 +132,13 @@ class TestEngines:
             answers(engine, mixed(7))
         check(truth, requests, answers(engine, requests))
         # A process that dies takes nothing along but its engine.
-        (process,) = engine.llm_engine.engine_core.resources.engine_manager.processes
+        resources = engine.llm_engine.engine_core.resources
+        (process,) = resources.engine_manager.processes
         process.kill()
+        deadline = time.monotonic() + 60
+        while not resources.engine_dead:  # a request that is sent before vLLM notices waits forever
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         with pytest.raises(EngineDeadError):
             answers(engine, requests)
         with pytest.raises(EngineDeadError):
