@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_reft.families import Placement, placement_of
 from peft_reft.layouts import Axes, Layout
+from peft_reft.modules import named_base_modules
 from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places, takes_tokens
 from peft_reft.stacks import BlockList
 
@@ -147,6 +148,8 @@ def place_outside(model: nn.Module, name: str, module: nn.Module) -> Place:
 
 def _place(name: str, module: nn.Module, model: nn.Module) -> Place:
     if (width := own_width(module)) is not None:
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            return Place(width, Axes("tbd"), "it has batch_first=False", _OWN)
         return Place(width, told_by=_OWN)
     width = hidden_size(model) if isinstance(model, PreTrainedModel) else None
     if width is None:
@@ -188,10 +191,12 @@ def own_width(module: nn.Module) -> int | None:
     for attribute in ("out_features", "embedding_dim", "nf"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim
     if isinstance(module, nn.Sequential) and len(module):
         return next((width for child in reversed(module) if (width := own_width(child)) is not None), None)
     weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(module.children(), None) is None:
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(named_base_modules(module), None) is None:
         # DeepSpeed's ZeRO-3 holds none of it here and keeps the shape beside it.
         return getattr(weight, "ds_shape", weight.shape)[0]
     return None

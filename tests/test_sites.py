@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
+from adapters import layers_of
 from peft import get_peft_model
 from tiny import EOS, IMAGE_TOKEN, LAYERS, PAD, VOCAB, ZOO
 from torch import nn
@@ -578,3 +579,41 @@ def test_a_head_that_generation_calls_for_the_last_token_alone_is_edited():
     mixed = model.generate(input_ids=ids, adapter_names=["default", "other"], **options)
     model.set_adapter("other")
     assert torch.equal(mixed, torch.stack([tokens[0], model.generate(input_ids=ids, **options)[1]]))
+
+
+class Attending(torch.nn.Module):
+    """A model of no kind that Transformers knows, whose attention may want tokens first."""
+
+    def __init__(self, batch_first: bool):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(64, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, input_ids):
+        hidden = self.norm(self.embedding(input_ids))
+        if self.attention.batch_first:
+            return self.attention(hidden, hidden, hidden)[0]
+        hidden = hidden.transpose(0, 1)
+        return self.attention(hidden, hidden, hidden)[0].transpose(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_the_first_token_behind_an_attention_of_pytorch(batch, batch_first):
+    ids, base = torch.arange(5 * batch).reshape(batch, 5), Attending(batch_first).eval()
+    before = base(ids)
+    config = ReftConfig(r=2, positions="f1", target_modules=["attention"], init_weights=False)
+    # The attention itself rounds differently once its output goes to a hook.
+    changed = ((get_peft_model(base, config)(ids) - before).abs() > 1e-5).any(-1)
+    assert changed[:, 0].all()
+    assert not changed[:, 1:].any()
+
+
+@pytest.mark.parametrize("module", ["embedding", "norm", "attention"])
+def test_a_second_adapter_finds_the_width_of_a_module_that_has_one(module):
+    config = ReftConfig(r=2, positions="all", target_modules=[module])
+    model = get_peft_model(Attending(True), config)
+    model.add_adapter("second", config)
+    assert [layer.out_features for layer in layers_of(model)] == [8]
