@@ -73,6 +73,9 @@ def _script(name: str) -> Callable[[], Any] | None:
 
 
 def _module(name: str) -> Callable[[], Any] | None:
+    # Where `python -m` looks for modules first; the command `peft-reft` does not.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         runnable = importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):

@@ -87,6 +87,15 @@ def test_a_module_runs_by_name(adapter, programs):
         assert done.stdout.endswith("ReftModel\n")
 
 
+def test_the_command_runs_modules_of_the_working_directory_too(programs):
+    (programs / "says.py").write_text("import sys\nprint(sys.argv[1:])")
+    # A console script has no "" on its path.
+    code = "import sys; sys.path.remove(''); from peft_reft.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = python("-c", code, "run", "-m", "says", "--flag", cwd=programs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['--flag']\n"
+
+
 def test_the_program_finds_what_stands_beside_it(programs):
     (programs / "beside.py").write_text("import launches_nothing\nprint(launches_nothing.VALUE)")
     (programs / "launches_nothing.py").write_text("VALUE = 7")

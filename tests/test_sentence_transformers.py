@@ -69,7 +69,7 @@ def test_a_text_has_the_same_embedding_alone_and_in_a_batch(spec, folder):
     base = SentenceTransformer(folder, device="cpu").encode(TEXTS, convert_to_tensor=True)
     model = adapted(folder, config("reft", positions=spec))
     embeddings = assert_alone_as_in_a_batch(model)
-    assert (embeddings - base).norm(dim=-1).min() > 0.05
+    assert (embeddings - base).norm(dim=-1).min() > 0.01
     with rescaled(model, "default", 0):
         torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), base)
 
