@@ -61,7 +61,7 @@ def test_a_text_of_special_tokens_alone_counts():
 
 
 def test_texts_that_end_differently_are_warned_of():
-    with pytest.warns(UserWarning, match=r"lists end differently.*'w8', only negative ones in 'w9'.*tokens='mean'"):
+    with pytest.warns(UserWarning, match=r"lists end differently.*'w8', only negative ones in 'w9'.*'differing'"):
         directions_from_pairs(tiny.llama(), TOKENIZER, ["w6 w8", "w7 w8"], ["w6 w9"], [0], "last")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -73,8 +73,8 @@ def test_texts_that_end_differently_are_warned_of():
 @pytest.mark.parametrize(
     ("positive", "negative", "tokens", "message"),
     [
-        (["w6"], ["w7"], "first", r"tokens='first': allowed are \['mean', 'differing', 'last'\]"),
-        (["w6", "w7"], ["w8"], "differing", "compares pairs, got 2 positive and 1 negative"),
+        (["w6"], ["w7"], "first", r"tokens='first': allowed are \['differing', 'mean', 'last'\]"),
+        (["w6", "w7"], ["w8"], "differing", "got 2 positive and 1 negative texts; choose tokens='mean'"),
         (["w6", "w7"], ["w8", "w7"], "differing", "the texts of pair 1 are the same"),
         (["w6", ""], ["w8"], "mean", "The text '' has no tokens"),
         ([], ["w8"], "mean", "got 0 positive"),

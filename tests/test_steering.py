@@ -459,7 +459,7 @@ class Letters:
 
 
 def test_directions_are_those_of_the_base_model_and_leave_no_hooks():
-    texts = ["good", "very good indeed", "fine"], ["bad", "awful"] * 10
+    texts = ["good", "very good indeed", "fine"] * 7, ["bad", "awful", "poor"] * 7
     model = wrap()
     got, expected = (directions_from_pairs(m, Letters(), *texts, layers=[0, -1]) for m in (model, tiny.llama()))
     assert list(got) == [0, -1]

@@ -6,6 +6,7 @@ displeased ones (in nats a text, beyond the base model), at strength 1 and at th
 texts has grown by 0.1 nats a token; and how much that loss grows at strength 1.
 
     python examples/benchmarks/directions.py
+    python examples/benchmarks/directions.py --layers 8 12
 """
 
 from __future__ import annotations
