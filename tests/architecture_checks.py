@@ -21,6 +21,7 @@ from torch import nn
 
 from peft_reft import ReftConfig
 from peft_reft.layer import layers
+from peft_reft.stacks import block_lists, streams_of
 
 TASKS = {"causal": "CAUSAL_LM", "multimodal": "CAUSAL_LM", "sequence": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
 COMPONENTS = ("block_input", "attention_output", "mlp_output")
@@ -56,6 +57,11 @@ class Checks:
         self.task = task if generates or task == "SEQ_CLS" else None
         self.notes: dict[str, Any] = {}
         self.padding_errors: dict[str, float | None] | None = None
+        self.settings: dict[str, Any] = {}
+        stacks = block_lists(self.model)
+        if len({stack.owner[0] for stack in stacks}) > len(streams_of(self.model)):
+            # Asked to choose one.
+            self.settings["layers_pattern"] = stacks[0].name
 
     def all(self) -> dict[str, Callable[[], str | None]]:
         """Name of each check that this model is for -> the check, in the order in which they run."""
@@ -81,7 +87,7 @@ class Checks:
         """A copy of the model with an adapter, in evaluation mode."""
         torch.manual_seed(1)
         own = {"r": 2, "init_weights": False, "positions": "all", "task_type": self.task}
-        return get_peft_model(copy.deepcopy(self.model), ReftConfig(**own | settings)).eval()
+        return get_peft_model(copy.deepcopy(self.model), ReftConfig(**own | self.settings | settings)).eval()
 
     def adapted_unless_refused(self, **settings: Any) -> PeftModel | str:
         """As `adapted`; why, where the model has no place for each token."""
@@ -141,7 +147,7 @@ class Checks:
         self.notes["count"] = len(names)
         if self.language_model:
             assert not any(part in name for name in names for part in ("vision", "visual", "audio_tower")), names[0]
-        return None
+        return f"asks for one of several stacks, such as {self.settings['layers_pattern']}" if self.settings else None
 
     def edits(self) -> str | None:
         """As many layers as the model has are called, and count; without the adapter it is the base."""
