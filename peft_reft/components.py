@@ -105,6 +105,9 @@ def _mlp(block: nn.Module) -> Part | str:
     bare = any(name == "experts" for name, _ in outside)
     if bare or any(_has_experts(part.module) for part in whole):
         return whole[0] if len(whole) == 1 and not bare else _ADDS_UP
+    if any(part.name.endswith(f"_{other.name}") for part in whole for other in whole):
+        # One for the tokens of text, another for those of sound (Higgs Audio).
+        return _ADDS_UP
     found = [
         Part(name, module)
         for name, module in outside

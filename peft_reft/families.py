@@ -7,7 +7,7 @@ that lack one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from torch import nn
@@ -67,7 +67,8 @@ _PLACEMENTS: dict[str, Callable[[PreTrainedConfig], Placement]] = {
     "prophetnet": lambda config: Placement(
         Repeated(), "its decoder has each token once more for every future token that it predicts", inside=True
     ),
-    "pegasus_x": lambda config: _PADDED,
+    # Every other block shifts its tokens by half a block size within, on padding.
+    "pegasus_x": lambda config: replace(_PADDED, inside=False),
     "canine": lambda config: Placement(Elsewhere(), "its blocks see one vector for several characters", inside=True),
     "perceiver": lambda config: Placement(Elsewhere(), "its blocks see latent vectors, not tokens", inside=True),
     "vilt": lambda config: _TEXT_FIRST,

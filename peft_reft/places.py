@@ -10,6 +10,7 @@ from inspect import unwrap
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_reft.components import OUTPUT
 from peft_reft.families import Placement, placement_of
 from peft_reft.layouts import Axes, Layout
 from peft_reft.modules import named_base_modules
@@ -78,6 +79,21 @@ class Places:
             return Place(width)
         return Place(width * placement.streams, placement.layout, placement.reason)
 
+    def of_part(self, index: int, name: str, module: nn.Module) -> Place:
+        """What a module in a block puts out, `name` being its dotted name in the model.
+
+        Raises:
+            ValueError: how wide that is cannot be told.
+        """
+        if own_width(module) is None and _placement(self.blocks, index) is None and self._in_places():
+            # Its sum with the block's input is what the block puts out.
+            return replace(self.of_block(index, OUTPUT), layout=None)
+        place = _place(name, module, self.blocks.owner[1])
+        placement = _placement(self.blocks, index)
+        if placement is None or not placement.inside:
+            return place
+        return replace(place, layout=placement.layout, reason=placement.reason)
+
     def _probed(self, name: str, side: str) -> Place | None:
         """What a pass without numbers tells of a block."""
         if self._shapes is None:
@@ -122,19 +138,6 @@ def _alike(blocks: tuple[nn.Module, ...]) -> bool:
     """Whether all blocks have parameters of the same shapes, and so the same width."""
     shapes = [[tuple(parameter.shape) for parameter in block.parameters()] for block in blocks]
     return all(other == shapes[0] for other in shapes)
-
-
-def place_of_part(blocks: BlockList, index: int, name: str, module: nn.Module) -> Place:
-    """What a module in a block puts out, `name` being its dotted name in the model.
-
-    Raises:
-        ValueError: how wide that is cannot be told.
-    """
-    place = _place(name, module, blocks.owner[1])
-    placement = _placement(blocks, index)
-    if placement is None or not placement.inside:
-        return place
-    return replace(place, layout=placement.layout, reason=placement.reason)
 
 
 def place_outside(model: nn.Module, name: str, module: nn.Module) -> Place:

@@ -15,7 +15,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.families import part_of_layer
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
-from peft_reft.places import Place, Places, is_called_past_hooks, place_of_part, place_outside
+from peft_reft.places import Place, Places, is_called_past_hooks, place_outside
 from peft_reft.stacks import BlockList, block_lists, is_encoder_decoder, streams_of
 
 
@@ -217,13 +217,13 @@ def _site_of_part(places: Places, index: int, part: Part, past_hooks: bool) -> S
     if stack.is_loose:
         prefix = stack.owner[0]
         name = f"{prefix}.{part.name}" if prefix else part.name
-        return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
+        return Site(name, part.module, places.of_part(index, name, part.module), **common)
     name = stack.names[index]
     if not part.name:
         place = places.of_block(index, part.side)
         return Site(name, part.module, place, is_block=True, past_hooks=past_hooks, **common)
     name = f"{name}.{part.name}"
-    return Site(name, part.module, place_of_part(stack, index, name, part.module), **common)
+    return Site(name, part.module, places.of_part(index, name, part.module), **common)
 
 
 def _by_pattern(lists: list[BlockList], config: ReftConfig) -> list[BlockList]:
@@ -295,10 +295,11 @@ def _named_site(
 ) -> Site:
     if home is None:
         return Site(name, module, place_outside(model, name, module), stream)
+    places = Places(model, home)
     common = {"stream": stream, "index": index, "depth": len(home.blocks)}
     if name != home.names[index] or home.is_loose:
-        return Site(name, module, place_of_part(home, index, name, module), **common)
-    place = Places(model, home).of_block(index, OUTPUT)
+        return Site(name, module, places.of_part(index, name, module), **common)
+    place = places.of_block(index, OUTPUT)
     return Site(name, module, place, is_block=True, past_hooks=is_called_past_hooks(model, home), **common)
 
 

@@ -194,7 +194,9 @@ def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 def _flat(blocks: nn.ModuleList) -> list[nn.Module]:
     """The modules of a list, those of lists in it numbered through."""
-    return [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
+    flat = [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
+    # Some lists have nothing at the places of some layers.
+    return [block for block in flat if block is not None]
 
 
 def _is_nested(block: nn.Module) -> bool:

@@ -130,7 +130,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8, "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh", "local", "lsh"]},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "lsh", "local", "lsh"]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1},
     "zamba": {

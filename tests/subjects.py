@@ -181,7 +181,7 @@ class Subject:
             decoder = {"decoder_input_ids": ids[:, :5].clone()}
         if "input_ids" in self.parameters:
             types = {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in self.parameters}
-            yield from ({**text, **decoder}, {**text, **decoder, **types})
+            yield from ({**text, **decoder, **types}, {**text, **decoder})
             if "bbox" in self.parameters:
                 yield {**text, **decoder, "bbox": torch.zeros(2, 8, 4, dtype=torch.long)}
         for others in (*self._images(), *self._sounds(), *self._series()):

@@ -14,6 +14,7 @@ from subjects import MAPPINGS, Subject, architectures, build, tokens
 from torch import nn
 
 from peft_reft import ReftConfig
+from peft_reft.analysis.norms import edit_norms
 from peft_reft.layouts import first_tensor
 from peft_reft.past_hooks import EditedForward
 from peft_reft.sites import find_sites
@@ -122,6 +123,17 @@ def test_the_edit_of_a_token_is_the_equation_wherever_the_token_stands(name):
                 assert torch.equal(after[row, token], before[row, token])
 
 
+@pytest.mark.parametrize("name", ["XLNetModel", "DeepseekV4Model", "LongformerModel", "CpmAntModel"])
+def test_sizes_of_edits_are_told_of_the_tokens_of_the_input(name):
+    subject = subject_of(name)
+    settings = {"r": 2, "init_weights": False, "positions": "f1+l2", "layers_to_transform": 0}
+    model = get_peft_model(subject.model, ReftConfig(**settings)).eval()
+    norms = edit_norms(model, subject.told(tokens((7, 4))))
+    assert norms.values.shape == (2, 7, 1)
+    edited_tokens = [row.nonzero().flatten().tolist() for row in norms.values[..., 0]]
+    assert edited_tokens == [[0, 5, 6], [0, 2, 3]]
+
+
 # Stacks of models that have several lists of blocks, or hide theirs: how many blocks, and of which class.
 STACKS = {
     "RTDetrModel": {"encoder.aifi": (1, "RTDetrAIFILayer"), "decoder.layers": (2, "RTDetrDecoderLayer")},
@@ -189,3 +201,40 @@ def test_a_counted_token_is_refused_when_attaching_where_it_has_no_place():
         find_sites(on_meta("FunnelModel"), ReftConfig(positions="f1"))
     sites = find_sites(on_meta("FunnelModel"), ReftConfig(positions="f1", layers_to_transform=[0]))
     assert [site.name for site in sites] == ["encoder.blocks.0.0"]
+
+
+@torch.no_grad()
+def test_a_hybrid_encoder_of_feature_maps_is_edited_at_every_place():
+    backbone = transformers.RTDetrResNetConfig(
+        embeddings_size=10,
+        hidden_sizes=[10, 20, 30, 40],
+        depths=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    sizes = {"encoder_hidden_dim": 32, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_layers": 1}
+    base = transformers.RTDetrModel(
+        transformers.RTDetrConfig(
+            backbone_config=backbone,
+            encoder_in_channels=[20, 30, 40],
+            decoder_in_channels=[32, 32, 32],
+            num_queries=12,
+            num_denoising=0,
+            anchor_image_size=None,
+            **sizes,
+            **heads,
+        )
+    ).eval()
+    model = get_peft_model(base, ReftConfig(r=2, positions="all", init_weights=False, layers_pattern="aifi")).eval()
+    (layer,) = layers_of(model)
+    outputs = []
+    record(base.encoder.aifi[0], outputs)
+    pixels = torch.randn(1, 3, 64, 64)
+    model(pixels)
+    with model.disable_adapter():
+        model(pixels)
+    after, before = (output[0].flatten(1).T for output in outputs)  # [places, features]
+    params = {name: p[0] for name, p in layer.reft_intervention["default"].named_parameters()}
+    assert len(before) > 1
+    for place, hidden in enumerate(before):
+        torch.testing.assert_close(after[place], edited("loreft", hidden, params), rtol=1e-4, atol=1e-5)

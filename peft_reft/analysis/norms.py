@@ -76,7 +76,8 @@ def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None =
         stream: `"encoder"` or `"decoder"`, for adapters that edit both stacks of an encoder-decoder model.
 
     Raises:
-        ValueError: the model has no ReFT adapters, or they edit both stacks and `stream` is not given.
+        ValueError: the model has no ReFT adapters, they edit both stacks and `stream` is not given, or no edited module
+            is called.
     """
     places = [layer for layer in layers(model) if stream in (None, layer.stream)]
     streams = {layer.stream for layer in places}
@@ -93,6 +94,8 @@ def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None =
         for handle in handles:
             handle.remove()
     seen = [layer for layer in places if layer in sizes]
+    if not seen:
+        raise ValueError(f"{type(model).__name__} calls none of the edited modules, or calls them past their hooks.")
     names = (layer.site_name + (" input" if layer.side == INPUT else "") for layer in seen)
     return EditNorms(torch.stack([sizes[layer] for layer in seen], dim=-1), tuple(names))
 
@@ -103,7 +106,7 @@ def _watch(layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[Remov
     before: list[torch.Tensor] = []
 
     def measure(value: Any) -> None:
-        sizes[layer] = _relative(before.pop(), first_tensor(value))
+        sizes[layer] = _relative(_tokens(layer, before.pop()), _tokens(layer, first_tensor(value)))
 
     def given(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return args[0] if args else kwargs["hidden_states"]
@@ -119,6 +122,16 @@ def _watch(layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[Remov
         module.register_forward_hook(lambda m, args, output: before.append(first_tensor(output)), prepend=True),
         module.register_forward_hook(lambda m, args, output: measure(output)),
     ]
+
+
+def _tokens(layer: ReftLayer, hidden: torch.Tensor) -> torch.Tensor:
+    """The tokens in what a layer's module puts out, `[batch, tokens, features]`."""
+    layout, seen = layer.place.layout, [hidden]
+    if layout is not None:
+        pass_ = layer.tracker.innermost()
+        shape = (0, 0) if pass_ is None else pass_.streams[layer.stream].shape
+        layout.edit(hidden, shape, lambda tokens: seen.append(tokens) or tokens)
+    return seen[min(1, len(seen) - 1)]
 
 
 def _relative(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
