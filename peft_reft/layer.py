@@ -279,14 +279,17 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         pass_ = self._pass(args, kwargs)
         if self._is_idle(pass_):
             return None
-        named = {} if args else {"hidden_states": kwargs.get("hidden_states")}
-        given = hidden_of(args or named, f"{self.site_name} is not given hidden representations: its arguments")
+        # By their usual name, or as what comes first.
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
+        given = hidden_of(
+            args or {name: kwargs.get(name)}, f"{self.site_name} is not given hidden representations: its arguments"
+        )
         # Where accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
         edited = self._edited(pass_, hidden, f"{self.site_name} was given")
         if edited is hidden:
             return None
-        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": edited})
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {name: edited})
 
     def _pass(self, args: tuple, kwargs: dict[str, Any]) -> Pass:
         """The pass that is going on, or one of the module alone."""
