@@ -547,21 +547,25 @@ def _cache_name(model: nn.Module) -> str:
 # Sites that a model does not call
 
 
+class GoingRound(nn.Module):
+    """A part whose weight the model uses without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        return self.first(hidden) @ self.second.weight.T
+
+
 def test_a_site_that_is_never_called_is_said_once():
-    config = transformers.SqueezeBertConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        embedding_size=32,
-    )
-    model = get_peft_model(transformers.SqueezeBertModel(config), ReftConfig(r=2, positions="all")).eval()
-    with pytest.warns(UserWarning, match="SqueezeBertModel did not call 'encoder.layers.0'"):
-        model(input_ids=IDS)
+    config = ReftConfig(r=2, positions="all", target_modules=["first", "second"])
+    model = get_peft_model(GoingRound(), config).eval()
+    with pytest.warns(UserWarning, match="GoingRound did not call 'second'"):
+        model(torch.ones(2, 3, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model(input_ids=IDS)
+        model(torch.ones(2, 3, 8))
 
 
 def test_sites_that_are_called_are_not_spoken_of():

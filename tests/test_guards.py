@@ -37,6 +37,7 @@ CALLED_BY_PEFT = {
     "_enable_peft_forward_hooks",
     "_unload_and_optionally_merge",
     "_replace_module",
+    "_add_modules_to_save_to_tie",
     "inject_adapter",
     "disable_adapter_layers",
     "delete_adapter",
@@ -125,6 +126,8 @@ def test_peft_calls_each_of_them(monkeypatch):
     model.delete_adapter("other")
     model.set_adapter("default")
     model.merge_and_unload()
+    tied = reft(modules_to_save=["lm_head"], ensure_weight_tying=True)
+    get_peft_model(tiny.llama(tie_word_embeddings=True), tied)
     assert called == CALLED_BY_PEFT
 
 

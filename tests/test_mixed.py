@@ -567,7 +567,7 @@ def test_training_mode_is_refused_in_the_words_of_lora(call):
         model = two(config).model.train()
         return message(model if call == "forward" else model.generate, input_ids=IDS, adapter_names=["a", "b"])
 
-    assert refusal(reft) == refusal(lora)
+    assert refusal(reft) == f"{refusal(lora)} Call model.eval() first."
 
 
 def test_merged_adapters_are_refused_in_the_words_of_lora():

@@ -91,8 +91,8 @@ def test_batches_of_many_adapters_edit_each_token_as_the_reference(dtype, split)
             requests[str(number)] = Editing(fingerprint, strength, parse("f2+l1", shared), 5)
         chunks.append(Chunk(str(number), number % 3, length))
     tokens = sum(chunk.count for chunk in chunks)
-    whole = torch.randn(tokens, HIDDEN).to(dtype)
-    hidden, residual = (whole.clone(), torch.randn(tokens, HIDDEN).to(dtype)) if split else (whole.clone(), None)
+    hidden = torch.randn(tokens, HIDDEN).to(dtype)
+    residual = torch.randn(tokens, HIDDEN).to(dtype) if split else None
     before = hidden if residual is None else hidden + residual
     expected, untouched = before.clone(), torch.ones(tokens, dtype=torch.bool)
     starts = [0, *accumulate(chunk.count for chunk in chunks)]
@@ -110,8 +110,9 @@ def test_batches_of_many_adapters_edit_each_token_as_the_reference(dtype, split)
             expected[row] = before[row] + (editing.strength * (after - h)).to(dtype)
             untouched[row] = False
     given = hidden.clone(), None if residual is None else residual.clone()
-    batches = Plan(requests, chunks, torch.device("cpu")).batches(entries)
-    edit_rows(hidden, residual, ((tables[kind], batch) for kind, batch in batches))
+    batches, whole = Plan(requests, chunks, torch.device("cpu")).at(frozenset(entries.items()))
+    assert not whole
+    edit_rows(hidden, residual, [(tables[kind], batch) for kind, batch in batches], whole)
     sums = hidden if residual is None else hidden + residual
     torch.testing.assert_close(sums, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
     assert 0 < untouched.sum() < tokens
@@ -131,15 +132,17 @@ def test_neighboring_tokens_are_edited_as_any_others(names, split):
         table.append(factors_of(own))
     requests = {str(i): Editing(name, 1.0, parse("all"), 3) for i, name in enumerate(names)}
     hidden, residual = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN) if split else None
-    whole = hidden if residual is None else hidden + residual
-    expected = whole.clone()
+    before = hidden.clone() if residual is None else hidden + residual
+    expected = before.clone()
     for i, name in enumerate(names):
         own, rows = {part: f[entries[name].first] for part, f in table.factors.items()}, slice(2 * i, 2 * i + 2)
-        expected[rows] += (whole[rows] @ own["right"].T + own["bias"]) @ own["left"]
+        expected[rows] += (before[rows] @ own["right"].T + own["bias"]) @ own["left"]
     chunks = [Chunk(str(i), 4, 2) for i in range(3)]
-    batches = Plan(requests, chunks, torch.device("cpu")).batches(entries)
+    batches, whole = Plan(requests, chunks, torch.device("cpu")).at(frozenset(entries.items()))
+    assert whole
     assert all(isinstance(batch.rows, slice) == (names != "cab") for _, batch in batches)
-    edit_rows(hidden, residual, ((table, batch) for _, batch in batches))
+    edit_rows(hidden, residual, [(table, batch) for _, batch in batches], whole)
+    assert residual is None or not residual.any()
     torch.testing.assert_close(hidden if residual is None else hidden + residual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -149,7 +152,8 @@ def test_members_that_are_neighbors_are_not_copied():
     requests = {name: Editing(name, 1.0, parse("all"), 3) for name in "dacb"}
 
     def members(names):
-        (_, batch), *more = Plan(requests, [Chunk(n, 4, 1) for n in names], torch.device("cpu")).batches(entries)
+        plan = Plan(requests, [Chunk(n, 4, 1) for n in names], torch.device("cpu"))
+        (_, batch), *more = plan.at(frozenset(entries.items())).batches
         assert not more
         return batch.members
 
@@ -274,7 +278,7 @@ def test_options_are_checked():
 
 
 def test_a_name_is_free_when_its_weights_have_no_other(folder):
-    registry, adapter = Registry(HIDDEN, LAYERS), Adapter.load(str(folder))
+    registry, adapter = Registry("served", HIDDEN, LAYERS), Adapter.load(str(folder))
     assert registry.enter("a", adapter, "x") is None
     assert registry.enter("b", adapter, "x") is None
     assert registry.leave("a") is None
