@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("text", metavar="TEXT", nargs="?", help="a text, all of it prompt")
     parser.add_argument("--base-model", help="the base model, if the adapter does not name it")
     parser.add_argument("--chat", action="store_true", help="the text is a user's message: apply the chat template")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         show(**vars(options))
     except (ValueError, OSError) as error:

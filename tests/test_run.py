@@ -173,8 +173,11 @@ def test_show_tells_what_an_adapter_is(adapter, capsys):
     assert "[w6][w7]w8w9[w10][w11]" in out
 
 
-def test_show_applies_the_chat_template(adapter, capsys):
-    show([str(adapter), "w6 w7 w8 w9 w10 w11", "--chat"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_show_applies_the_chat_template(adapter, place, capsys):
+    arguments = [str(adapter), "w6 w7 w8 w9 w10 w11"]
+    arguments.insert(place, "--chat")
+    show(arguments)
     assert "[<user>][w6]w7w8w9w10[w11][<assistant>]" in capsys.readouterr().out
 
 
