@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from peft_reft.edits import AdapterSettings, finite
+
+
+class Scaling(Mapping[str, float]):
+    """Name of each adapter of a layer -> factor of its edits, as they are now: adapters that are deleted leave it."""
+
+    def __init__(self, settings: Mapping[str, AdapterSettings]) -> None:
+        self._settings = settings
+
+    def __getitem__(self, name: str) -> float:
+        return self._settings[name].strength
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def __repr__(self) -> str:
+        return repr(self.copy())
+
+    def copy(self) -> dict[str, float]:
+        """The factors of this moment."""
+        return dict(self)
 
 
 class ScaledAdapters:
@@ -15,9 +38,9 @@ class ScaledAdapters:
     active_adapters: Sequence[str]
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> Scaling:
         """Name of each adapter -> factor of its edits, as in LoRA's layers. Setting it keeps the names left out."""
-        return {name: settings.strength for name, settings in self.reft_settings.items()}
+        return Scaling(self.reft_settings)
 
     @scaling.setter
     def scaling(self, scaling: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ from adapters import IDS, NEEDS_ADD_ADAPTER, layers_of, logits, lora, reft
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from reference import edited
 from tiny import ZOO
 from transformers import AutoModelForCausalLM
@@ -359,3 +360,14 @@ def test_a_config_prints_what_is_not_as_by_default():
         "ReftConfig(intervention='loreft', r=4, positions='l1', task_type='CAUSAL_LM', layers_to_transform=[3])"
     )
     assert eval(repr(config)) == config
+
+
+@pytest.mark.parametrize("config", [reft, lora], ids=["reft", "lora"])
+def test_an_adapter_that_is_deleted_leaves_the_scaling_that_somebody_holds(config):
+    model = get_peft_model(tiny.llama(), config())
+    model.add_adapter("second", config())
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    held, copied = layer.scaling, layer.scaling.copy()
+    model.delete_adapter("second")
+    assert list(held) == ["default"]
+    assert list(copied) == ["default", "second"]
