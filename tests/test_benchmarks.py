@@ -11,10 +11,12 @@ import torch
 from peft import get_peft_model
 
 from peft_reft import ReftConfig
+from peft_reft.tokens.positions import parse
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import finding_positions  # noqa: E402
 import harness  # noqa: E402
 import loading  # noqa: E402
 import models  # noqa: E402
@@ -214,3 +216,13 @@ def test_quick_run_of_everything(tmp_path):
     assert len(rows) == 23
     assert [row for row in rows if row.endswith("not measured |")] == [row for row in rows if "pyreft /" in row]
     assert done.stdout.strip() == text.strip()
+
+
+@pytest.mark.parametrize("case", [finding_positions.TRAINING, finding_positions.PACKED, finding_positions.GENERATION])
+@pytest.mark.parametrize("spec", finding_positions.SPECS)
+def test_finding_positions_times_passes_that_have_something_to_edit(case, spec):
+    hidden = torch.zeros(2, 64, 1)
+    stream = finding_positions.streams(2, 64, torch.device("cpu"))[case]
+    found = finding_positions.find(stream, parse(spec), hidden)
+    # A prompt is all that `generate` hands over.
+    assert (found is None) == (case == finding_positions.GENERATION and spec == "completion")

@@ -55,7 +55,8 @@ def find(stream: Callable[[], Stream], positions: Positions, hidden: torch.Tenso
 def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Stream]]:
     """Case -> what makes the stream of a pass of it."""
     call = example(batch, tokens, device)
-    flipped = {name: value.flip(-1) for name, value in call.items()}
+    # What `generate` hands over.
+    flipped = {name: call[name].flip(-1) for name in ("input_ids", "attention_mask")}
 
     def generation() -> Stream:
         real = flipped["attention_mask"] != 0  # as `generate` has it once a call
