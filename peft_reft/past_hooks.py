@@ -25,10 +25,13 @@ class EditedForward(StandIn):
     @classmethod
     def take_from(cls, module: nn.Module, layer: nn.Module) -> None:
         """Undo what was put on a module for a layer; mutates the module."""
-        stand_in = module.forward
+        outer, stand_in = None, module.forward
         while stand_in.layer is not layer:
-            stand_in = stand_in.replaced
-        stand_in.take_off("forward")
+            outer, stand_in = stand_in, stand_in.replaced
+        if outer is None:
+            stand_in.take_off("forward")
+        else:
+            outer.replaced = stand_in.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's `forward`, its input or output edited."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
+import transformers
 from adapters import layers_of
 from peft import get_peft_model
 from tiny import EOS, IMAGE_TOKEN, LAYERS, PAD, VOCAB, ZOO
@@ -617,3 +618,16 @@ def test_a_second_adapter_finds_the_width_of_a_module_that_has_one(module):
     model = get_peft_model(Attending(True), config)
     model.add_adapter("second", config)
     assert [layer.out_features for layer in layers_of(model)] == [8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("component", [["block_output", "block_input"], ["block_input", "block_output"]], ids=str)
+def test_nothing_stays_on_blocks_that_are_called_past_their_hooks(component):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "embedding_size": 32}
+    config = transformers.SqueezeBertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    base, ids = tiny.build(transformers.SqueezeBertModel, config), torch.arange(3, 11)[None]
+    before = base(ids)[0]
+    model = get_peft_model(base, ReftConfig(r=2, positions="all", component=component, init_weights=False)).eval()
+    assert not torch.equal(model(ids)[0], before)
+    assert torch.equal(model.unload()(ids)[0], before)
+    assert not any("forward" in vars(module) for module in base.modules())
