@@ -108,7 +108,7 @@ class CallTokens:
         return cls.of(own | {"cache": find_cache(call)})
 
     def behind(self, own: int) -> CallTokens:
-        """The tokens that are new in this pass, for a model that is passed all ids and caches `own` tokens of its own."""
+        """The new tokens of this pass, for a model that is passed all ids and caches `own` tokens of its own."""
         past = max(self.past_on_host - own, 0)
         ids = None if self.ids is None else self.ids[:, past:]
         return replace(self, shape=(self.shape[0], self.shape[1] - past), ids=ids, past=past)
