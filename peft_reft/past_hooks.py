@@ -1,4 +1,4 @@
-"""Edits modules that a model calls past their hooks."""
+"""Edits modules whose `forward` a model calls directly, which skips hooks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft_reft.tracker import StandIn
 
 
 class EditedForward(StandIn):
-    """Stands in for the `forward` of a module that the model calls past its hooks, and edits as the hooks would.
+    """Replaces the `forward` of a module that the model calls past its hooks, and edits as the hooks would.
 
     Args:
         module: the module.
@@ -24,7 +24,7 @@ class EditedForward(StandIn):
 
     @classmethod
     def take_from(cls, module: nn.Module, layer: nn.Module) -> None:
-        """Undo what was put on a module for a layer; mutates the module."""
+        """Remove the stand-in of a layer from a module. Mutates the module."""
         outer, stand_in = None, module.forward
         while stand_in.layer is not layer:
             outer, stand_in = stand_in, stand_in.replaced
@@ -34,7 +34,7 @@ class EditedForward(StandIn):
             outer.replaced = stand_in.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `forward`, its input or output edited."""
+        """The module's `forward`, with its input or output edited."""
         if self.layer.side == INPUT:
             args, kwargs = self.layer.edit_input(self.module, args, kwargs) or (args, kwargs)
             return self.original(*args, **kwargs)
