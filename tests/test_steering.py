@@ -222,7 +222,7 @@ def test_subspace_asks_for_a_name_where_a_number_is_not_enough():
 
 
 def test_red_has_no_subspace():
-    with pytest.raises(ValueError, match="edits every coordinate, not a subspace"):
+    with pytest.raises(ValueError, match="edits each coordinate separately, not a subspace"):
         wrap(intervention="red").projection("default", 0)
 
 
