@@ -193,7 +193,7 @@ def _gram_schmidt(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gram_schmidt_twice(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_gram_schmidt` for any rows: shifted CholeskyQR2 (Fukaya et al. 2020), a fixed row where one has no direction."""
+    """`_gram_schmidt` for any rows: shifted CholeskyQR2 (Fukaya et al. 2020); rows without a direction become fixed."""
     rank, features = matrix.shape[-2:]
     gram = matrix @ matrix.mT
     # Larger than the rounding error of a pivot, so that Cholesky succeeds; the constant is for rows of zeros.

@@ -240,7 +240,7 @@ class ReftConfig(PeftConfig):
                 raise ValueError(f"Unknown component {component!r}; allowed are {list(COMPONENTS)}.")
         self._check_act_fn()
         if INTERVENTIONS[self.intervention].needs_bias and not self.use_bias:
-            raise ValueError(f"use_bias={self.use_bias!r}: {self.intervention!r} adds nothing without a b; leave it out.")
+            raise ValueError(f"use_bias={self.use_bias!r}: {self.intervention!r} is zero without a b; leave it out.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
         for name in ("share_weights", "freeze_subspace", "use_bias", "ensure_weight_tying"):

@@ -161,7 +161,7 @@ def test_a_block_that_adds_up_two_mlps_has_no_mlp_output():
     beside = Tiny("GraniteMoeSharedForCausalLM", settings | {"shared_intermediate_size": 32}, "")
     sites = sites_of(adapted(alone.build(), component="mlp_output"))
     assert sites == {f"model.layers.{i}.block_sparse_moe" for i in range(LAYERS)}
-    with pytest.raises(ValueError, match=r"component='mlp_output' was not found .* it adds up the outputs of several"):
+    with pytest.raises(ValueError, match=r"component='mlp_output' was not found .* it adds the outputs of several"):
         adapted(beside.build(), component="mlp_output")
 
 

@@ -596,7 +596,7 @@ def test_a_bias_that_the_class_cannot_have_is_refused_by_name(family, component,
     base = ZOO[family].build().to(dtype)
     model = merging(base, component=component)
     before, expected, config = weights(model), logits(model), copy.deepcopy(base.config.to_dict())
-    with pytest.raises(ValueError, match=rf"'model\.layers\.0\.\w+\.{name}\.bias' \(and 2 others\) a value, but"):
+    with pytest.raises(ValueError, match=rf"creates 'model\.layers\.0\.\w+\.{name}\.bias' \(and 2 others\), but"):
         model.merge_and_unload()
     assert_same_weights(model, before)
     assert base.config.to_dict() == config
