@@ -188,7 +188,7 @@ def _with_any_rows(adapter: ForeignAdapter) -> ForeignAdapter:
     warnings.warn(
         f"{source}: the rows of R are not orthonormal (R R^T differs from the identity by {deviation:.1e}; torch's "
         f"parametrization gets there by weight decay, or by training a loaded adapter further). The adapter becomes "
-        f"{_UNCONSTRAINED[method]!r} instead of {method!r}, with the same outputs.",
+        f"{_UNCONSTRAINED[method]!r} in place of {method!r}, with the same outputs.",
         stacklevel=3,
     )
     edits = {
