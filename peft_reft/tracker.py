@@ -26,7 +26,7 @@ from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
 from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache, positional_names
-from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests, batch_size
+from peft_reft.tokens.requests import AdapterNames, RowRequests, batch_size
 
 # Arguments of `forward` and `generate` that are for ReFT alone.
 ASKING = {"adapter_names", "subspaces"}
@@ -398,7 +398,7 @@ class Entry(StandIn):
         if requests is not None:
             batch = batch_size([stream.shape[0] for stream in pass_.streams.values()], call)
             requests.check(self.tracker.adapters, self.module.training, batch)
-            if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
+            if requests.choose_modules:
                 pass_.handles += choose_heads(self.module, requests)
 
     def _tokens(self, stream: str, call: Mapping[str, Any]) -> CallTokens | None:
