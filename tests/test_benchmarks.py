@@ -169,6 +169,7 @@ def test_table_of_targets():
         (None, None),  # no pyreft
         (0.05, True),  # positions, <= 0.1 ms
         (0.2, False),
+        (0.01, True),  # with the prompts known
         (60.0, True),  # attach, <= 100 ms
         (120.0, False),
         (2.5, False),  # the hundredth adapter
