@@ -460,9 +460,14 @@ def _numberless(name: str) -> str:
     return ".".join("N" if part.isdigit() else part for part in name.split("."))
 
 
+# model_type -> the field of the configuration that counts layers, where the usual one counts their attentions.
+_LAYERS = {"longcat_flash": "num_layers"}
+
+
 def _layers_told(config: Any) -> int | None:
     """Number of layers that a configuration tells."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
+    usual = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
+    names = [_LAYERS[config.model_type]] if config.model_type in _LAYERS else usual
     values = (value_of(part, name) for part in (config.get_text_config(), config) for name in names)
     return next((value for value in values if isinstance(value, int)), None)
 

@@ -59,7 +59,8 @@ _DEAF = Known(
 # By class or model_type.
 KNOWN: dict[str, Known] = {
     "MllamaForCausalLM": Known(
-        "edits", "without an image the model skips its layers of cross-attention, which a warning tells"
+        "edits train block_input mlp_output",
+        "without an image the model skips its layers of cross-attention, which a warning tells",
     ),
     "encoder-decoder": _DEAF,
     "vision-encoder-decoder": _DEAF,

@@ -238,6 +238,15 @@ def test_a_model_whose_layers_lie_in_pieces_has_no_blocks_where_norms_come_first
         find_sites(model, ReftConfig(positions="all", r=2))
 
 
+@torch.no_grad()
+def test_layers_that_a_pass_leaves_out_are_said():
+    subject = subject_of("MllamaForCausalLM")
+    model = get_peft_model(subject.model, ReftConfig(r=2, positions="all")).eval()
+    # Without an image the model skips the layer that attends to one.
+    with pytest.warns(UserWarning, match=r"did not call 'model\.layers\.3' in this pass"):
+        model(**subject.inputs)
+
+
 def test_a_counted_token_is_refused_when_attaching_where_it_has_no_place():
     with pytest.raises(ValueError, match=r"'f1' has no meaning at 'encoder\.layer\.0': .* one vector for several char"):
         find_sites(on_meta("CanineModel"), ReftConfig(positions="f1"))
