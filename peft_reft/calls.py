@@ -22,11 +22,12 @@ _PAST_THE_HEAD = (
 
 
 def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The ReFT layers of a model, together where their sites differ in numbers only, as experts and blocks do."""
+    """The ReFT layers of a model; sites of one class that differ in numbers only, as experts and blocks do, together."""
     groups: dict[str, list[nn.Module]] = {}
     for layer in modules_around(model):
         if hasattr(layer, "site_name"):
-            groups.setdefault(re.sub(r"\d+", "#", f"{layer.side} {layer.site_name}"), []).append(layer)
+            name = re.sub(r"\d+", "#", layer.site_name)
+            groups.setdefault(f"{type(layer.host).__name__} {layer.side} {name}", []).append(layer)
     return groups
 
 

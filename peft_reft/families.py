@@ -31,6 +31,13 @@ _PARTS = {
     "mlp_output": "ffns.{}.lin2",
     "block_output": "layer_norm2.{}",
 }
+# Class of a block -> component -> the module in it that puts that out, None where none does.
+_PARTS_OF_BLOCKS: dict[str, dict[str, str | None]] = {
+    # It has an MLP for the text and one for the image, and returns the text first.
+    "LxmertXLayer": {"mlp_output": "lang_output.dense"},
+    # What it calls gated attention weighs the entries of one axis.
+    "PatchTSMixerLayer": {"attention_output": None},
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ def stack_of(model: PreTrainedModel) -> str | None:
     # Subclasses, such as FSDP's, are of the family.
     stack = next((_STACKS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _STACKS), None)
     # Where norms come first, nothing puts out what a layer does.
-    return None if stack in _PARTS.values() and getattr(model.config, "pre_norm", False) else stack
+    norms_first = has_loose_layers(model) and getattr(model.config, "pre_norm", False)
+    return None if norms_first else stack
 
 
 def tokens_of_its_own(model: nn.Module) -> int:
@@ -101,6 +109,14 @@ def has_loose_layers(model: PreTrainedModel) -> bool:
 def part_of_layer(component: str, layer: int) -> str | None:
     """Name of the module of a component, in a model without blocks; None if it has none."""
     return _PARTS[component].format(layer) if component in _PARTS else None
+
+
+def part_of_block(block: nn.Module, component: str) -> tuple[str | None] | None:
+    """Name of the module of a component in a block, in a tuple, (None,) if it has none; None where structure tells."""
+    parts = next(
+        (_PARTS_OF_BLOCKS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in _PARTS_OF_BLOCKS), {}
+    )
+    return (parts[component],) if component in parts else None
 
 
 def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placement | None:

@@ -1,4 +1,4 @@
-"""Shapes of what the blocks of a vision or audio model are given and put out, by a pass without numbers.
+"""Shapes of what the modules of a vision or audio model are given and put out, by a pass without numbers.
 
 Such models have blocks of different widths, and grids of places, features first or last. Neither their structure nor
 their configurations tell that in one way, so a copy of the model without weights runs once on the meta device.
@@ -19,7 +19,7 @@ from peft_reft.components import INPUT, OUTPUT
 from peft_reft.layouts import first_tensor
 
 _BATCH = 2
-# Name of a block, side -> shape.
+# Name of a module, side -> shape.
 Shapes = dict[tuple[str, str], tuple[int, ...]]
 
 
@@ -34,8 +34,8 @@ def takes_tokens(model: PreTrainedModel) -> bool:
 
 
 def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
-    """Shapes at modules of a model, by their names in it: for an input as its configuration tells, and for a larger
-    one if the model takes one. Empty if it does not run without numbers.
+    """Shapes at the blocks of these names in a model, and of what any module in it puts out: for an input as its
+    configuration tells, and for a larger one if the model takes one. Empty if it does not run without numbers.
     """
     try:
         with torch.device("meta"):
@@ -55,10 +55,10 @@ def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
             found.setdefault((name, side), tuple(hidden.shape))
 
     for name in names:
-        module = twin.get_submodule(name)
-        module.register_forward_pre_hook(
+        twin.get_submodule(name).register_forward_pre_hook(
             lambda m, args, kwargs, name=name: keep(name, INPUT, args or kwargs), with_kwargs=True
         )
+    for name, module in twin.named_modules():
         module.register_forward_hook(lambda m, args, output, name=name: keep(name, OUTPUT, output))
     outputs = {(name, OUTPUT) for name in names}
     for group in _inputs(twin):

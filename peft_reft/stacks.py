@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +16,7 @@ from peft_reft.modules import named_modules
 # How much tells that a list is one of blocks: Transformers records hidden states there; it checkpoints the modules one
 # by one; their parts have parts.
 _RECORDED, _CHECKPOINTED, _NESTED = 3, 2, 1
+_List = nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class BlockList:
     """The stack of blocks of a (part of a) model.
 
     Attributes:
-        name: dotted name of the `nn.ModuleList`.
+        name: dotted name of the `nn.ModuleList`, or `nn.Sequential`.
         blocks: the blocks, in the order of their numbers. Those of a list of lists are numbered through.
         names: their dotted names.
         owner: name and module of the Transformers model that it belongs to.
@@ -51,8 +52,9 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     its own stream of tokens, the stack is, in this order: what `families.stack_of` names; the list that Transformers
     records hidden states from (`_can_record_outputs`); the list of modules that it checkpoints one by one; a list of
     modules whose parts have parts. Each of these is looked for in the models of the part's own configuration, then in
-    the one that holds the input embeddings, then in any. Of several such lists it is the one with the most parameters,
-    or all that have as many. Where several models within the part have one each, all are returned.
+    the one that holds the input embeddings, then in any. Where there is none, it is an `nn.Sequential` of modules whose
+    parts have parts, else a list of modules that have parts. Of several such lists it is the one with the most
+    parameters, or all that have as many. Where several models within the part have one each, all are returned.
     """
     return _Search(model).lists() if isinstance(model, PreTrainedModel) else []
 
@@ -127,13 +129,13 @@ class _Search:
             seen.update(module for _, module in named_modules(part))
         return found
 
-    def _of_family(self, part: nn.Module) -> list[nn.ModuleList]:
+    def _of_family(self, part: nn.Module) -> list[_List]:
         for name, module in named_modules(part):
             if isinstance(module, PreTrainedModel) and (stack := stack_of(module)) is not None:
                 return [part.get_submodule(f"{name}.{stack}" if name else stack)]
         return []
 
-    def _of_part(self, part: nn.Module, seen: set[nn.Module]) -> list[nn.ModuleList]:
+    def _of_part(self, part: nn.Module, seen: set[nn.Module]) -> list[_List]:
         tower = _text_part(part) if isinstance(part, PreTrainedModel) else part
         ranks = {blocks: self._rank(blocks) for blocks in _outermost_lists(tower) if blocks not in seen}
         owners = {blocks: self._owner(blocks) for blocks in ranks}
@@ -152,7 +154,7 @@ class _Search:
         ):
             if chosen := [blocks for blocks in lists if ranks[blocks] == rank]:
                 return list(_largest(chosen, owners if lists is ranks else {}))
-        return []
+        return list(_largest(_other_lists(tower, seen), {}))
 
     def _owner(self, module: nn.Module) -> PreTrainedModel:
         return innermost_model(self.model, self.names[module])[1]
@@ -171,7 +173,7 @@ class _Search:
             return _RECORDED
         return _CHECKPOINTED if any(_is_checkpointed(block) for block in _flat(blocks)) else _NESTED
 
-    def _block_list(self, blocks: nn.ModuleList, stream: str) -> BlockList:
+    def _block_list(self, blocks: _List, stream: str) -> BlockList:
         name, flat = self.names[blocks], _flat(blocks)
         if not all(map(_is_nested, flat)) and any(map(_is_checkpointed, flat)):
             # Between the blocks of vision models stand embeddings of patches.
@@ -183,16 +185,29 @@ class _Search:
 
 def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     """Lists of modules whose parts have parts themselves, or of which some are checkpointed one by one."""
+    return _outermost(model, nn.ModuleList, lambda flat: all(map(_is_nested, flat)) or any(map(_is_checkpointed, flat)))
+
+
+def _other_lists(tower: nn.Module, seen: set[nn.Module]) -> list[_List]:
+    """Where no `nn.ModuleList` certainly holds blocks: the next best lists."""
+    if any(isinstance(part, PreTrainedModel) and has_loose_layers(part) for _, part in named_modules(tower)):
+        return []
+    found = list(_outermost(tower, nn.Sequential, lambda flat: len(flat) > 1 and all(map(_is_nested, flat))))
+    found = found or list(_outermost(tower, nn.ModuleList, lambda flat: len(flat) > 1 and all(map(_has_parts, flat))))
+    return [blocks for blocks in found if blocks not in seen]
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module], fits: Callable[[list[nn.Module]], bool]) -> Iterator[_List]:
     inside: tuple[str, ...] = ()
     for name, module in named_modules(model):
-        if name.startswith(inside) or not isinstance(module, nn.ModuleList) or not (flat := _flat(module)):
+        if name.startswith(inside) or not isinstance(module, kind) or not (flat := _flat(module)):
             continue
-        if all(map(_is_nested, flat)) or any(map(_is_checkpointed, flat)):
+        if fits(flat):
             inside += (f"{name}.",)
             yield module
 
 
-def _flat(blocks: nn.ModuleList) -> list[nn.Module]:
+def _flat(blocks: _List) -> list[nn.Module]:
     """The modules of a list, those of lists in it numbered through."""
     flat = [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
     # Some lists have nothing at the places of some layers.
@@ -202,6 +217,10 @@ def _flat(blocks: nn.ModuleList) -> list[nn.Module]:
 def _is_nested(block: nn.Module) -> bool:
     """Whether a module's parts have parts: a block, rather than a projection or an expert."""
     return has_output(block) and any(next(part.children(), None) is not None for part in block.children())
+
+
+def _has_parts(block: nn.Module) -> bool:
+    return has_output(block) and next(block.children(), None) is not None
 
 
 def _is_checkpointed(block: nn.Module) -> bool:
@@ -218,7 +237,7 @@ def _recorded_classes(model: PreTrainedModel) -> tuple[type, ...]:
     return tuple(entry for entry in classes if isinstance(entry, type))
 
 
-def _largest(lists: list[nn.ModuleList], owners: Mapping[nn.ModuleList, PreTrainedModel]) -> Iterator[nn.ModuleList]:
+def _largest(lists: list[_List], owners: Mapping[_List, PreTrainedModel]) -> Iterator[_List]:
     """Those lists of each owner that hold the most parameters."""
     sizes = {blocks: _parameter_count(blocks) for blocks in lists}
     for blocks in lists:

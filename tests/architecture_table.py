@@ -70,8 +70,8 @@ _STATES = {
 }
 
 
-def table(rows: Iterable[Mapping], states: Mapping[str, str]) -> str:
-    """The page, from the rows of the sweep and the state of each class."""
+def table(rows: Iterable[Mapping], states: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+    """The page, from the rows of the sweep, the state of each class, and the reasons of those that fail."""
     families: dict[str, list[Mapping]] = {}
     for row in rows:
         families.setdefault(row["model_type"], []).append(row)
@@ -85,12 +85,12 @@ def table(rows: Iterable[Mapping], states: Mapping[str, str]) -> str:
         layouts="\n".join(f"| {' | '.join(cells)} |" for cells in _LAYOUTS),
         counts=f"Of {sum(counts.values()):,} classes, {said}.",
     )
-    return head + "".join(_line(name, families[name], states) for name in sorted(families))
+    return head + "".join(_line(name, families[name], states, reasons) for name in sorted(families))
 
 
-def _line(family: str, rows: list[Mapping], states: Mapping[str, str]) -> str:
+def _line(family: str, rows: list[Mapping], states: Mapping[str, str], reasons: Mapping[str, str]) -> str:
     first = max(rows, key=lambda row: len(row.get("checks", {})))
-    notes, checks = first.get("notes", {}), first.get("checks", {})
+    notes = first.get("notes", {})
     whole = sum(states[row["class"]] == "ok" for row in rows)
     cells = [
         f"`{family}`",
@@ -98,7 +98,7 @@ def _line(family: str, rows: list[Mapping], states: Mapping[str, str]) -> str:
         _sites(notes.get("attention_output")),
         _sites(notes.get("mlp_output")),
         f"{whole} of {len(rows)}",
-        _remarks(checks, notes),
+        "; ".join([*dict.fromkeys(reasons[row["class"]] for row in rows if row["class"] in reasons), *_remarks(first)]),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -107,10 +107,12 @@ def _sites(names: list[str] | None) -> str:
     return ", ".join(f"`{name}`" for name in names or ())
 
 
-def _remarks(checks: Mapping[str, str], notes: Mapping[str, str]) -> str:
-    shown = [
-        f"{name}: {said}" for name, said in checks.items() if said != "ok" and name not in ("lora", "checkpointing")
-    ]
+def _remarks(row: Mapping) -> list[str]:
+    """What could not be compared, or is refused."""
+    checks, notes = row.get("checks", {}), row.get("notes", {})
+    unseen = ("lora", "checkpointing")
+    said = [f"{name}: {how}" for name, how in checks.items() if name not in unseen and not how.startswith("FAIL")]
+    shown = [text for text in said if not text.endswith(": ok")]
     if "error" in notes:
         shown.append(f"base model: {notes['error'].partition(' (')[0][:100]}")
-    return "; ".join(shown).replace("|", "\\|").replace("\n", " ")
+    return [text.replace("|", "\\|").replace("\n", " ") for text in shown]

@@ -191,6 +191,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "swin2sr": {"embed_dim": 48, "depths": [2, 2], "num_heads": [6, 6]},
     "sam2_hiera_det_model": {"hidden_size": 96},
     "mimi": {"upsample_groups": HIDDEN},
+    "mobilevitv2": {"image_size": 64, "patch_size": 2},
     "perceiver": {
         "num_cross_attention_heads": 1,
         "num_self_attention_heads": 4,

@@ -60,9 +60,9 @@ def build(model_type: str, name: str) -> PreTrainedModel:
     if hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(Exception):
             model.set_experts_implementation("eager")
-    for parameter in model.parameters():
-        # Some are made by torch.empty, and never initialized.
-        if not torch.isfinite(parameter).all():
+    for name, parameter in model.named_parameters():
+        # Some are made by torch.empty, and never initialized. A weight of zeros hides all that is before it.
+        if not torch.isfinite(parameter).all() or not ("bias" in name or parameter.any()):
             nn.init.normal_(parameter, std=0.1)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -90,7 +90,9 @@ def main_output(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor):
         return output
     for name in _OUTPUTS:
-        if isinstance(value := getattr(output, name, None), torch.Tensor):
+        value = getattr(output, name, None)
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, torch.Tensor):
             return value
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     floats = (v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel() > 1)
@@ -177,7 +179,7 @@ class Subject:
         ids = batch["input_ids"]
         text = {name: value for name, value in batch.items() if name in self.parameters}
         decoder = {}
-        if self.encoder_decoder and "decoder_input_ids" in self.parameters:
+        if "decoder_input_ids" in self.parameters:
             decoder = {"decoder_input_ids": ids[:, :5].clone()}
         if "input_ids" in self.parameters:
             types = {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in self.parameters}

@@ -1,4 +1,4 @@
-"""A dozen architectures that are unlike most, whole; `tests/architectures.py` has the same checks for all of them."""
+"""Architectures that are unlike most, whole; `tests/architectures.py` has the same checks for all, in the slow test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import transformers
 from adapters import layers_of
 from architecture_checks import Checks
+from architectures import jobs_of, known_of, line_of, state_of, sweep
 from peft import get_peft_model
 from reference import edited
 from shrunk import config_for
@@ -72,6 +73,18 @@ def test_every_check_holds(name):
         assert reason in unseen[check]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", jobs_of(MAPPINGS), ids=lambda job: job[2])
+def test_no_class_of_transformers_fails_unless_it_is_listed(job):
+    (row,) = sweep([job], 1)
+    state = state_of(row)
+    assert state != "FAIL", line_of(row)
+    if state == "known":
+        pytest.xfail(known_of(row).reason)
+    if state == "base":
+        pytest.skip(line_of(row))
+
+
 # How each puts out tokens, by hand: what its first block returns -> [batch, tokens, all that stands for one token].
 LAYOUTS = {
     "XLNetModel": lambda hidden: hidden.transpose(0, 1),
@@ -81,6 +94,8 @@ LAYOUTS = {
     "DeepseekV4Model": lambda hidden: hidden.flatten(2),
     "Gemma3nTextModel": lambda hidden: torch.cat(list(hidden), dim=-1),
     "Qwen4ExpTextModel": lambda hidden: hidden,
+    # Its hidden states are those of what it generates, which no edit of the prompt's tokens is in.
+    "DiffusionGemmaModel": lambda hidden: hidden,
 }
 
 
@@ -154,6 +169,8 @@ STACKS = {
     "GLPNModel": {"encoder.block": (8, "GLPNLayer")},
     "PoolFormerModel": {"encoder.block": (8, "PoolFormerLayer")},
     "PvtModel": {"encoder.block": (8, "PvtLayer")},
+    "MgpstrForSceneTextRecognition": {"mgp_str.encoder.blocks": (4, "MgpstrLayer")},
+    "MobileNetV1Model": {"layer": (26, "MobileNetV1ConvLayer")},
     "HrmTextModel": {"L_module.layers": (4, "HrmTextDecoderLayer"), "H_module.layers": (4, "HrmTextDecoderLayer")},
 }
 
@@ -187,11 +204,47 @@ def test_blocks_of_lists_in_a_list_are_numbered_through():
         ("PvtModel", [64, 64, 128, 128, 320, 320, 512, 512]),
         ("DacModel", [64, 128, 256, 512]),
         ("ConvNextModel", [96, 192, 384, 768]),
+        ("MobileViTV2Model", [64, 128, 256, 384, 512]),
     ],
 )
 def test_each_block_has_its_own_width_known_when_attaching(name, widths):
     sites = find_sites(on_meta(name), ReftConfig(positions="all", r=2))
     assert [site.features for site in sites] == widths
+
+
+def test_each_part_of_a_vision_block_has_its_own_width():
+    sites = find_sites(on_meta("LevitModel"), ReftConfig(positions="all", r=2, component="attention_output"))
+    # All stages but the last make the grid smaller, and the features more, behind their first attention.
+    assert [site.features for site in sites] == [128, 256, 384]
+
+
+def test_the_mlp_of_a_block_with_text_and_an_image_is_the_one_of_the_text():
+    sites = find_sites(on_meta("LxmertModel"), ReftConfig(positions="all", r=2, component="mlp_output"))
+    assert [site.name for site in sites] == [f"encoder.x_layers.{i}.lang_output.dense" for i in range(len(sites))]
+
+
+def test_an_mlp_of_convolutions_is_passed_over_where_nothing_tells_its_layout():
+    config = ReftConfig(positions="all", r=2, component="mlp_output")
+    with pytest.warns(UserWarning, match=r"2 have none and are passed over \(.*it is one of convolutions"):
+        sites = find_sites(on_meta("Sam3LiteTextTextModel"), config)
+    assert all(site.name.endswith("mlp.fc2") for site in sites)
+
+
+def test_a_model_whose_layers_lie_in_pieces_has_no_blocks_where_norms_come_first():
+    config = transformers.FlaubertConfig(emb_dim=32, n_layers=2, n_heads=4, n_words=64, pre_norm=True)
+    with torch.device("meta"):
+        model = transformers.FlaubertModel(config)
+    with pytest.raises(ValueError, match="none were found in FlaubertModel"):
+        find_sites(model, ReftConfig(positions="all", r=2))
+
+
+@torch.no_grad()
+def test_layers_that_a_pass_leaves_out_are_said():
+    subject = subject_of("MllamaForCausalLM")
+    model = get_peft_model(subject.model, ReftConfig(r=2, positions="all")).eval()
+    # Without an image the model skips the layer that attends to one.
+    with pytest.warns(UserWarning, match=r"did not call 'model\.layers\.3' in this pass"):
+        model(**subject.inputs)
 
 
 def test_a_counted_token_is_refused_when_attaching_where_it_has_no_place():
