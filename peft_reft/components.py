@@ -115,7 +115,9 @@ def _mlp(block: nn.Module) -> Part | str:
     ]
     if found:
         return found[-1]
-    return whole[0] if len(whole) == 1 else "no MLP was found in it"
+    if len(whole) > 1:
+        return f"it has several MLPs ({', '.join(part.name for part in whole)})"
+    return whole[0] if whole else "no MLP was found in it"
 
 
 def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:
