@@ -22,7 +22,7 @@ _PAST_THE_HEAD = (
 
 
 def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The ReFT layers of a model, together where sites of one class differ only in numbers, as experts and blocks do."""
+    """The ReFT layers of a model, together where sites of one class differ in numbers only, as blocks and experts."""
     groups: dict[str, list[nn.Module]] = {}
     for layer in modules_around(model):
         if hasattr(layer, "site_name"):
