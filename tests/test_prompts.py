@@ -163,7 +163,7 @@ def test_plain_text_that_was_packed_is_refused_as_it_is_unpacked(in_graph, spec)
     call = torch.compile(model, backend="eager") if in_graph else model
     for training in (True, False):
         model.train(training)
-        with pytest.raises(ValueError, match="padding-free collators leave plain text"):
+        with pytest.raises(ValueError, match="padding-free collators do with plain text"):
             call(input_ids=ids, position_ids=torch.arange(8)[None] % 4, labels=labels, use_cache=False)
     # Among other prompts one of a single token is one.
     labels[0, 5] = -100
