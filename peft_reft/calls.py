@@ -22,7 +22,7 @@ _PAST_THE_HEAD = (
 
 
 def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The ReFT layers of a model; sites of one class that differ in numbers only, as experts and blocks do, together."""
+    """The ReFT layers of a model, together where sites of one class differ in numbers only, as experts do."""
     groups: dict[str, list[nn.Module]] = {}
     for layer in modules_around(model):
         if hasattr(layer, "site_name"):

@@ -190,6 +190,8 @@ class Subject:
             yield from ({**text, **decoder, **others}, {**decoder, **others})
         if "input_ids" in self.parameters:
             yield from ({**text, **decoder, "use_cache": False}, {"input_ids": ids})
+            codebooks = self._setting("num_codebooks", default=1)
+            yield from ({"input_ids": ids.repeat(codebooks, 1)}, {"input_ids": ids[..., None].repeat(1, 1, codebooks)})
         if "hidden_states" in self.parameters:
             yield {"hidden_states": torch.randn(2, 8, HIDDEN)}
 
