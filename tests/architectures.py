@@ -58,15 +58,26 @@ _DEAF = Known(
 )
 # By class or model_type.
 KNOWN: dict[str, Known] = {
-    "MllamaForCausalLM": Known(
-        "edits train block_input mlp_output",
+    "mllama": Known(
+        "edits train block_input attention_output mlp_output",
         "without an image the model skips its layers of cross-attention, which a warning tells",
     ),
     "encoder-decoder": _DEAF,
     "vision-encoder-decoder": _DEAF,
     "speech-encoder-decoder": _DEAF,
     "moonshine_streaming": Known("edits", "its tiny decoder puts out the same whatever its encoder hears"),
-    "reformer": Known("train", "its reversible layers have no gradients for parameters within, LoRA's either"),
+    "diffusion_gemma": Known(
+        "edits train tokens attention_output mlp_output",
+        "the last layer of its encoder does not count in what it generates, LoRA's either, and its hidden states are "
+        "those of what it generates; tests/test_architectures.py edits its prompt",
+    ),
+    "LevitForImageClassification": Known(
+        "train", "its head normalizes over the batch in training, which takes off what is alike in all of it"
+    ),
+    "reformer": Known(
+        "train block_input attention_output mlp_output",
+        "its reversible layers have no gradients for parameters within, LoRA's either",
+    ),
     "encodec": Known(
         "attach", "its convolutions stand in one flat list, without blocks; modules are named in target_modules"
     ),

@@ -64,6 +64,9 @@ def build(model_type: str, name: str) -> PreTrainedModel:
         # Some are made by torch.empty, and never initialized. A weight of zeros hides all that is before it.
         if not torch.isfinite(parameter).all() or not ("bias" in name or parameter.any()):
             nn.init.normal_(parameter, std=0.1)
+    for name, buffer in model.named_buffers():
+        if "embed" in name and buffer.is_floating_point() and not buffer.any():  # codebooks
+            buffer.normal_(std=0.1)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, 0, 1
