@@ -129,12 +129,15 @@ def _told(error: Exception) -> str:
 
 
 def jobs_of(kinds: Iterable[str]) -> list[tuple[str, str, str, bool]]:
-    """Kind, `model_type` and name of each class, and whether it gets all checks: the first of its family does."""
+    """Kind, `model_type` and name of each class, and whether it gets all checks: the first of its family does.
+
+    These come first.
+    """
     jobs, families = [], set()
     for kind, model_type, name in architectures(list(kinds)):
         jobs.append((kind, model_type, name, model_type not in families))
         families.add(model_type)
-    return jobs
+    return sorted(jobs, key=lambda job: not job[-1])
 
 
 def sweep(jobs: list[tuple[str, str, str, bool]], processes: int) -> Iterator[dict]:
