@@ -103,10 +103,11 @@ def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connec
         subject = Subject(kind, model)
         checks = Checks(subject)
         row["state"] = "runs" if subject.error is None else "does not run"
-        row["notes"] = checks.notes | ({} if subject.error is None else {"error": _told(subject.error)})
+        row["notes"] = {} if subject.error is None else {"error": _told(subject.error)}
         for check, run in (checks.all() if whole else checks.of_others()).items():
             started = time.time()
             row["checks"][check] = _result(run)
+            row["notes"] |= checks.notes
             row["notes"]["seconds"] = row["notes"].get("seconds", 0) + time.time() - started
             connection.send(row)
     except Exception as error:
