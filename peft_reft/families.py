@@ -101,6 +101,14 @@ def tokens_of_its_own(model: nn.Module) -> int:
     return config.prompt_length if getattr(config, "model_type", None) == "cpmant" else 0
 
 
+def codebooks_of(model: nn.Module) -> int:
+    """How many rows of token ids are one sequence, each with a code of every token (MusicGen)."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "model_type", "").startswith("musicgen"):
+        return 1
+    return getattr(config, "decoder", config).num_codebooks
+
+
 def has_loose_layers(model: PreTrainedModel) -> bool:
     """Whether a model has lists of the parts of its layers in place of blocks."""
     return any(cls.__name__ in ("XLMModel", "FlaubertModel") for cls in type(model).__mro__)

@@ -55,8 +55,8 @@ class Checks:
         self.settings: dict[str, Any] = {}
         stacks = block_lists(self.model)
         if len({stack.owner[0] for stack in stacks}) > len(streams_of(self.model)):
-            # Asked to choose one.
-            self.settings["layers_pattern"] = stacks[0].name
+            # Asked to choose one: the one that is next to what is put out.
+            self.settings["layers_pattern"] = stacks[-1].name
 
     def all(self) -> dict[str, Callable[[], str | None]]:
         """Name of each check that this model is for -> the check, in the order in which they run."""

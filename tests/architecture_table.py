@@ -12,9 +12,11 @@ import transformers
 
 _HEAD = """# Architectures
 
-What `tests/architectures.py` found in every model class of Transformers' automatic mappings, each tiny and random, with
-Transformers {transformers}, PEFT {peft} and torch {torch} ({processor}). It compares with the base model, with rows
-alone instead of in a padded batch, with Transformers' own hidden states, and with generation by other routes.
+What `tests/architectures.py` found in the model classes of Transformers' automatic mappings, each tiny and random:
+language models, with images and sound too, sequence to sequence, masked words, classifiers of texts, images and sounds,
+CTC, and bare models. Other heads stand on the same blocks. Transformers {transformers}, PEFT {peft}, torch {torch}
+({processor}). The checks compare with the base model, with rows alone instead of in a padded batch, with Transformers'
+own hidden states, and with generation by other routes.
 
 {counts}
 
@@ -51,6 +53,11 @@ _LAYOUTS = [
         "the tokens of the input",
     ),
     ("every token several times", "ProphetNet's decoder", "each time alike"),
+    (
+        "ids of several codebooks, `[batch * codebooks, tokens]` or `[batch, tokens, codebooks]`",
+        "MusicGen; models of sound such as CSM",
+        "the token that all of its codes stand for",
+    ),
     (
         "one vector for several tokens, or none for any",
         "Canine, Perceiver, Funnel behind its first blocks",

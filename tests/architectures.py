@@ -58,15 +58,26 @@ _DEAF = Known(
 )
 # By class or model_type.
 KNOWN: dict[str, Known] = {
-    "MllamaForCausalLM": Known(
-        "edits train block_input mlp_output",
+    "mllama": Known(
+        "edits train block_input attention_output mlp_output",
         "without an image the model skips its layers of cross-attention, which a warning tells",
     ),
     "encoder-decoder": _DEAF,
     "vision-encoder-decoder": _DEAF,
     "speech-encoder-decoder": _DEAF,
     "moonshine_streaming": Known("edits", "its tiny decoder puts out the same whatever its encoder hears"),
-    "reformer": Known("train", "its reversible layers have no gradients for parameters within, LoRA's either"),
+    "diffusion_gemma": Known(
+        "edits train tokens attention_output mlp_output",
+        "the last layer of its encoder does not count in what it generates, LoRA's either, and its hidden states are "
+        "those of what it generates; tests/test_architectures.py edits its prompt",
+    ),
+    "LevitForImageClassification": Known(
+        "train", "its head normalizes over the batch in training, which takes off what is alike in all of it"
+    ),
+    "reformer": Known(
+        "train block_input attention_output mlp_output",
+        "its reversible layers have no gradients for parameters within, LoRA's either",
+    ),
     "encodec": Known(
         "attach", "its convolutions stand in one flat list, without blocks; modules are named in target_modules"
     ),
@@ -92,10 +103,11 @@ def _work(kind: str, model_type: str, name: str, whole: bool, connection: Connec
         subject = Subject(kind, model)
         checks = Checks(subject)
         row["state"] = "runs" if subject.error is None else "does not run"
-        row["notes"] = checks.notes | ({} if subject.error is None else {"error": _told(subject.error)})
+        row["notes"] = {} if subject.error is None else {"error": _told(subject.error)}
         for check, run in (checks.all() if whole else checks.of_others()).items():
             started = time.time()
             row["checks"][check] = _result(run)
+            row["notes"] |= checks.notes
             row["notes"]["seconds"] = row["notes"].get("seconds", 0) + time.time() - started
             connection.send(row)
     except Exception as error:
@@ -118,12 +130,15 @@ def _told(error: Exception) -> str:
 
 
 def jobs_of(kinds: Iterable[str]) -> list[tuple[str, str, str, bool]]:
-    """Kind, `model_type` and name of each class, and whether it gets all checks: the first of its family does."""
+    """Kind, `model_type` and name of each class, and whether it gets all checks: the first of its family does.
+
+    These come first.
+    """
     jobs, families = [], set()
     for kind, model_type, name in architectures(list(kinds)):
         jobs.append((kind, model_type, name, model_type not in families))
         families.add(model_type)
-    return jobs
+    return sorted(jobs, key=lambda job: not job[-1])
 
 
 def sweep(jobs: list[tuple[str, str, str, bool]], processes: int) -> Iterator[dict]:

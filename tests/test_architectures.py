@@ -243,6 +243,56 @@ def test_a_model_whose_layers_lie_in_pieces_has_no_blocks_where_norms_come_first
         find_sites(model, ReftConfig(positions="all", r=2))
 
 
+# Models of sound -> how their ids [batch, tokens, codebooks] are handed over.
+CODEBOOKS = {
+    "MusicgenForCausalLM": lambda ids: ids.transpose(1, 2).flatten(0, 1),
+    "MusicgenMelodyForCausalLM": lambda ids: ids.transpose(1, 2).flatten(0, 1),
+    "CsmBackboneModel": lambda ids: ids,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_a_token_of_sound_has_an_id_of_each_codebook(name):
+    base = build({"M": "musicgen_decoder", "C": "csm"}[name[0]], name)
+    settings = {"r": 2, "init_weights": False, "positions": "f1+l2", "layers_to_transform": 0}
+    model = get_peft_model(base, ReftConfig(**settings)).eval()
+    (layer,) = layers_of(model)
+    outputs = []
+    record(layer.host, outputs)
+    ids = torch.randint(10, 33, (2, 7, base.config.num_codebooks))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    model(input_ids=CODEBOOKS[name](ids), attention_mask=mask)
+    with model.disable_adapter():
+        model(input_ids=CODEBOOKS[name](ids), attention_mask=mask)
+    changed = (outputs[0] != outputs[1]).any(-1)
+    assert [row.nonzero().flatten().tolist() for row in changed] == [[0, 5, 6], [0, 2, 3]]
+
+
+@torch.no_grad()
+def test_the_sound_that_generate_is_given_is_the_prompt():
+    base = build("musicgen_decoder", "MusicgenForCausalLM")
+    # A number that stands for no sound, between codebooks whose sound begins later.
+    base.generation_config.decoder_start_token_id = base.generation_config.pad_token_id = base.config.vocab_size
+    config = ReftConfig(r=2, init_weights=False, positions="f1+l1", layers_to_transform=0, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    outputs = []
+    record(base.model.decoder.layers[0], outputs)
+    ids = torch.randint(10, 33, (2 * base.config.num_codebooks, 5))
+    # With a cache the base model begins with one token, whatever it is given.
+    options = {"max_new_tokens": 3, "do_sample": False, "guidance_scale": 1, "num_return_sequences": 1}
+    model.generate(ids, use_cache=False, **options)
+    edited = [hidden.clone() for hidden in outputs]
+    outputs.clear()
+    with model.disable_adapter():
+        model.generate(ids, use_cache=False, **options)
+    assert [hidden.shape[1] for hidden in edited] == [5, 6, 7]
+    for after, before in zip(edited, outputs, strict=True):
+        # What is generated differs, and is not prompt.
+        changed = (after != before).any(-1)[:, :5]
+        assert [row.nonzero().flatten().tolist() for row in changed] == [[0, 4], [0, 4]]
+
+
 @torch.no_grad()
 def test_layers_that_a_pass_leaves_out_are_said():
     subject = subject_of("MllamaForCausalLM")
