@@ -75,8 +75,9 @@ def _encoder(upper: tuple[int, ...]) -> tuple[Contender, ...]:
 def _decoder(upper: tuple[int, ...], baseline: Contender) -> tuple[Contender, ...]:
     """The answer, or the classifier, reads the last token of the prompt."""
     return (
-        *(baseline, _lora(8, 0), _reft(1, "all", 0), _reft(1, "f3+l3", 0)),
-        *(_lora(1, 1), _reft(4, "f3+l3", 1), _reft(2, "all", 1), _reft(4, "all", 1), _reft(8, "all", 1)),
+        *(baseline, _lora(8, 0), _reft(1, "all", 0)),
+        *(_reft(1, "f3+l3", 1), _reft(4, "all", 1), _lora(1, 1), _reft(2, "all", 1), _reft(8, "all", 1)),
+        *(_reft(4, "f3+l3", 2), _lora(4, 2)),
         *(_reft(1, "l1", 2), _reft(2, "all", 2, upper), _reft(1, "all", 2, method="nodireft")),
         *(_lora(1, 2, "lora-all"), _lora(8, 2, "lora-all"), FULL),
     )
@@ -156,21 +157,21 @@ TASKS = {
     "prompted-sst2": _likelihood(
         *("SST-2 as prompt and completion, SmolLM2-135M-Instruct", "sst2", "glue"),
         {
-            "cpu": "--train_rows 1000 --dev_rows 250 --num_train_epochs 1 --max_length 64",
+            "cpu": "--train_rows 640 --dev_rows 128 --num_train_epochs 1 --max_length 64 --dtype bfloat16",
             "gpu": "--train_rows 16000 --dev_rows 1000 --num_train_epochs 1 --max_length 128",
         },
     ),
     "prompted-rte": _likelihood(
         *("RTE as prompt and completion, SmolLM2-135M-Instruct", "rte", "glue"),
         {
-            "cpu": "--train_rows 1000 --dev_rows 250 --num_train_epochs 1 --max_length 96",
+            "cpu": "--train_rows 640 --dev_rows 128 --num_train_epochs 1 --max_length 96 --dtype bfloat16",
             "gpu": "--train_rows 2090 --dev_rows 400 --num_train_epochs 5 --max_length 256",
         },
     ),
     "smollm2-sst2": _glue(
         *("SST-2 as classification, SmolLM2-135M-Instruct", "accuracy", "sst2"),
         {
-            "cpu": "--train_rows 1000 --dev_rows 250 --num_train_epochs 1 --max_length 64",
+            "cpu": "--train_rows 640 --dev_rows 128 --num_train_epochs 1 --max_length 64 --dtype bfloat16",
             "gpu": "--train_rows 16000 --dev_rows 1000 --num_train_epochs 1",
         },
         decoder=True,
@@ -178,7 +179,7 @@ TASKS = {
     "choices": _likelihood(
         *("Commonsense by log-likelihood, SmolLM2-135M-Instruct", "commonsense", "commonsense"),
         {
-            "cpu": "--train_rows 600 --dev_rows 100 --num_train_epochs 1 --max_length 96 "
+            "cpu": "--train_rows 640 --dev_rows 128 --num_train_epochs 1 --max_length 96 --dtype bfloat16 "
             "--tasks ARC-Easy openbookqa piqa --eval_rows 200",
             "gpu": "--train_rows 2800 --dev_rows 200 --num_train_epochs 3 --max_length 256",
         },
