@@ -810,6 +810,8 @@ def test_a_likelihood_run_scores_all_validation_rows(decoder, tmp_path, monkeypa
     assert any("eval_loss" in entry for entry in results["log"])
     again = likelihood.main([*flags, "--output_dir", str(tmp_path / "run"), "--eval_only"])
     assert again["tasks"] == results["tasks"]
+    none = likelihood.main([*flags, "--output_dir", str(tmp_path / "run"), "--eval_rows", "0"])
+    assert (none["scores"], none["log"]) == ({}, results["log"])
     with pytest.raises(SystemExit, match="no test data of rte in "):
         likelihood.main([*flags, "--questions", "rte", "--output_dir", str(tmp_path / "rte")])
 

@@ -20,6 +20,7 @@ import report
 
 def result(label, rate, seed, quality, score, task="sst2", parameters=770 + 100):
     return {
+        "picking_scores": {"score": quality},
         "name": f"cpu/{task}/{label}-{rate}-{seed}",
         "task": task,
         "label": label,
@@ -27,7 +28,7 @@ def result(label, rate, seed, quality, score, task="sst2", parameters=770 + 100)
         "seed": seed,
         "flags": [],
         "quality": quality,
-        "scores": {"score": score, "standard_error": 2.0},
+        "scores": {} if score is None else {"score": score, "standard_error": 2.0},
         "trainable_parameters": parameters,
         "head_parameters": 770,
         "base_parameters": 10_000,
@@ -55,7 +56,7 @@ def test_report_picks_the_rate_by_rows_that_do_not_score(tmp_path):
     text = report.render(results, tmp_path)
     # Two points of the rows and three of the seeds, over the root of three.
     assert "| LoReFT r=4 all | 100 | 1.000% | 0.003 | **68.0 ± 2.6** | 65.0 to 71.0 | 3 | 2 | 100 |" in text
-    assert "| LoReFT r=4 all | 90.0 | **65.0** | 95.0 | 94.0 |" in text
+    assert "| LoReFT r=4 all | 60.0 | **70.0** | 61.0 | 61.0 |" in text
     assert "Seconds are those of training, of the processor." in text
     # The best rate is the largest one tried.
     assert "| head alone † | 0 | 0.000% | 0.003 * | **51.0 ± 2.0** | - | 1 | 2 | 100 |" in text
@@ -74,6 +75,22 @@ def test_report_sets_the_best_small_loreft_beside_lora(tmp_path):
     assert line in report.render(results, tmp_path)
     results[0]["scores"]["score"] = 81
     assert line.replace("80.0", "81.0").replace("yes", "no") in report.render(results, tmp_path)
+
+
+def test_report_takes_the_score_of_a_run_that_was_scored_afterwards(tmp_path):
+    results = [
+        result("LoReFT r=1 all", 1e-3, 42, -0.7, None, task="prompted-sst2"),
+        result("LoReFT r=1 all", 3e-3, 42, -0.3, None, task="prompted-sst2"),
+        result("LoRA r=8, q and v", 1e-3, 42, -0.3, None, task="prompted-sst2"),
+        result("LoReFT r=1 all", 3e-3, 42, -0.3, 80, task="prompted-sst2"),
+    ]
+    for line in results:
+        del line["picking_scores"]
+    text = report.render(results, tmp_path)
+    assert "| LoReFT r=1 all | 0.700 | **0.300** |" in text
+    assert "**80.0 ± 2.0**" in text
+    # Nothing to say of what has no score yet.
+    assert "LoRA" not in text.partition("## All methods")[2].partition("###")[2]
 
 
 def test_report_keeps_the_text_around_it(tmp_path, monkeypatch):
@@ -131,7 +148,7 @@ def run_at(best, fails=()):
         if job.rate in fails:
             sys.exit(1)
         file = job.results_file(options.output)
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(written(job.rate, best)))
 
     return run
@@ -156,6 +173,20 @@ def test_grid_widens_the_sweep_and_then_runs_the_seeds(grid_options, tmp_path, m
     monkeypatch.setattr(grid, "run_job", None)
     grid.run_all(grid.Results(file), grid_options)
     assert len(file.read_text().splitlines()) == len(lines) == len(results.lines)
+
+
+def test_grid_scores_the_best_run_of_a_sweep_that_is_not_scored(grid_options, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "run_job", run_at(6e-3))
+    grid_options.tasks, grid_options.methods = ["prompted-sst2"], ["LoReFT r=1 all"]
+    grid.run_all(results := grid.Results(tmp_path / "results.jsonl"), grid_options)
+    scored = {name for name in results.lines if not name.endswith("-unscored")}
+    assert scored == {f"cpu/prompted-sst2/loreft-r=1-all-0.006-seed{seed}" for seed in (42, 43, 44)}
+    assert len(results.lines) == 4 + 3
+    unscored = results.lines["cpu/prompted-sst2/loreft-r=1-all-0.002-seed42-unscored"]
+    assert unscored["flags"][-2:] == ["--eval_rows", "0"]
+    # The scored run finds what was trained in the folder.
+    jobs = list(grid.all_wanted(results, grid_options))
+    assert len({job.folder for job in jobs}) == 4 + 2
 
 
 def test_grid_runs_the_rest_when_a_run_fails(grid_options, tmp_path, monkeypatch, capsys):

@@ -43,16 +43,21 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what it is a run of, and its folder and command line."""
+    """One run: what it is a run of, and its folder and command line. One that is not scored only picks a rate."""
 
     task: str
     contender: Contender
     rate: float | None
     seed: int
     size: str
+    scored: bool = True
 
     @property
     def name(self) -> str:
+        return self.folder if self.scored else f"{self.folder}-unscored"
+
+    @property
+    def folder(self) -> str:
         rate = "" if self.rate is None else f"-{self.rate:g}"
         label = self.contender.label.lower().replace(",", "").replace(" ", "-")
         return f"{self.size}/{self.task}/{label}{rate}-seed{self.seed}"
@@ -61,12 +66,14 @@ class Job:
     def flags(self) -> list[str]:
         """The command line but for folders."""
         flags = ["--seed", str(self.seed), *self.contender.flags, *TASKS[self.task].flags[self.size]]
-        return flags if self.rate is None else [*flags, "--learning_rate", str(self.rate)]
+        if self.rate is not None:
+            flags += ["--learning_rate", str(self.rate)]
+        return flags if self.scored else [*flags, "--eval_rows", "0"]
 
-    def results_file(self, folder: Path) -> Path:
+    def results_file(self, output: Path) -> Path:
         # glue.py takes several tasks, and has a folder for each.
         inner = self.flags[self.flags.index("--tasks") + 1] if TASKS[self.task].script == "glue" else ""
-        return folder / self.name / inner / "results.json"
+        return output / self.folder / inner / "results.json"
 
 
 class Results:
@@ -132,21 +139,22 @@ def quality(results: Result) -> float | None:
 def wanted(task: str, contender: Contender, results: Results, options: argparse.Namespace) -> list[Job]:
     """The runs of a method that are known to be needed: more, once these are finished."""
 
-    def jobs(rates: list[float] | list[None], seeds: list[int]) -> list[Job]:
-        return [Job(task, contender, rate, seed, options.size) for rate in rates for seed in seeds]
+    def jobs(rates: list[float] | list[None], seeds: list[int], scored: bool = True) -> list[Job]:
+        return [Job(task, contender, rate, seed, options.size, scored) for rate in rates for seed in seeds]
 
     first, *others = options.seeds
     if contender.rates is None:
         return jobs([None], [first])
-    rates, ladder = list(STARTS[contender.rates]), LADDERS[contender.rates]
+    rates, ladder, scored = list(STARTS[contender.rates]), LADDERS[contender.rates], TASKS[task].scores_sweep
     while True:
-        found = [results.get(job) for job in jobs(rates, [first])]
+        sweep = jobs(rates, [first], scored)
+        found = [results.get(job) for job in sweep]
         if None in found:
-            return jobs(rates, [first])
+            return sweep
         best = max(zip(found, rates, strict=True), key=lambda pair: pair[0]["quality"])[1]
         beyond = _beyond(best, rates, ladder)
         if beyond is None:
-            return jobs(rates, [first]) + jobs([best], others)
+            return sweep + jobs([best], others if scored else options.seeds)
         rates = sorted([*rates, beyond])
 
 
@@ -167,7 +175,7 @@ def all_wanted(results: Results, options: argparse.Namespace) -> Iterator[Job]:
 
 def run_job(job: Job, options: argparse.Namespace) -> None:
     """Run one job, the only one of this process, its output into `log.txt`."""
-    folder = options.output / job.name
+    folder = options.output / job.folder
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[job.task]
     with (folder / "log.txt").open("a") as log:
@@ -204,7 +212,7 @@ def run_all(results: Results, options: argparse.Namespace) -> None:
             process.join()
             if process.exitcode:
                 failed.add(job)
-                said = f"failed, see {options.output / job.name / 'log.txt'}"
+                said = f"failed, see {options.output / job.folder / 'log.txt'}"
             else:
                 said = outcome(results.add(job, options.output))
             print(f"{time.perf_counter() - begin:6.0f} s  {job.name}  {said}", flush=True)

@@ -7,7 +7,7 @@
 Not a suite of the paper. A small language model seldom answers in a format that it was asked for, and knows more than
 it says: the answer that it finds likeliest counts, as in lm-evaluation-harness. `choices.py` has prompts and answers.
 Rows that are kept back (--dev_rows) measure the loss; all validation or test rows give the score, unless --eval_rows
-asks for fewer. All flags, those of TRL's SFTConfig among them: --help.
+asks for fewer (0: none). All flags, those of TRL's SFTConfig among them: --help.
 """
 
 from __future__ import annotations
@@ -67,15 +67,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tasks = {}
     with measured() as cost:
         for task, (rows, source) in tests.items():
+            if not rows:  # --eval_rows 0
+                continue
             tasks[task] = this.scores(model, task, rows) | {"source": source}
             line = "{:<16}{score:6.1f}   by length {score_normalized:.1f}   (majority {majority:.1f}, {rows} rows)"
             print(line.format(task, **tasks[task]))
-    scores = {
-        "score": sum(found["score"] for found in tasks.values()) / len(tasks),
-        "standard_error": sum(found["standard_error"] ** 2 for found in tasks.values()) ** 0.5 / len(tasks),
-        "score_normalized": sum(found["score_normalized"] for found in tasks.values()) / len(tasks),
+    return this.run.write(model, {"scores": average(list(tasks.values())), "tasks": tasks}, cost)
+
+
+def average(tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over tasks, with the standard error of the first."""
+    if not tasks:
+        return {}
+    return {
+        "score": sum(found["score"] for found in tasks) / len(tasks),
+        "standard_error": sum(found["standard_error"] ** 2 for found in tasks) ** 0.5 / len(tasks),
+        "score_normalized": sum(found["score_normalized"] for found in tasks) / len(tasks),
     }
-    return this.run.write(model, {"scores": scores, "tasks": tasks}, cost)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class Task:
     Attributes:
         data: the folder, within that of all data.
         flags: of each size of machine.
+        scores_sweep: whether runs that only pick a rate are scored too; if not, the best one is scored afterwards.
     """
 
     title: str
@@ -109,6 +110,7 @@ class Task:
     data: str
     contenders: tuple[Contender, ...]
     flags: dict[str, tuple[str, ...]]
+    scores_sweep: bool = True
 
 
 def _words(line: str) -> tuple[str, ...]:
@@ -129,6 +131,7 @@ def _likelihood(title: str, questions: str, data: str, flags: dict[str, str]) ->
     return Task(
         *(title, "accuracy", "likelihood", data, contenders),
         {size: _words(common + line) for size, line in flags.items()},
+        scores_sweep=False,
     )
 
 

@@ -52,14 +52,19 @@ class Method:
     def __init__(self, results: list[Result]) -> None:
         first = min(result["seed"] for result in results)
         self.label = results[0]["label"]
-        self.sweep = sorted(
-            (result for result in results if result["seed"] == first), key=lambda result: result["learning_rate"] or 0
-        )
+        # Of two results of a run the later one is scored.
+        swept = {result["learning_rate"]: result for result in results if result["seed"] == first}
+        self.sweep = sorted(swept.values(), key=lambda result: result["learning_rate"] or 0)
         self.best = max(self.sweep, key=lambda result: result["quality"] or 0.0)
         self.rate = self.best["learning_rate"]
-        self.seeds = [result for result in results if result["learning_rate"] == self.rate]
+        others = [result for result in results if result["seed"] != first and result["learning_rate"] == self.rate]
+        self.seeds = [result for result in (self.best, *others) if result["scores"]]
         self.scores = [score(result) for result in self.seeds]
-        self.score, self.parameters = mean(self.scores), adapter_parameters(self.best)
+        self.parameters = adapter_parameters(self.best)
+
+    @property
+    def score(self) -> float:
+        return mean(self.scores)
 
     @property
     def family(self) -> str:
@@ -117,14 +122,17 @@ COLUMNS = (
 
 
 def by_task(results: Iterable[Result]) -> dict[str, list[Method]]:
-    """The tasks in the plan's order, the methods of each by their size."""
+    """The tasks in the plan's order, by their size the methods of each whose best rate was scored."""
     grouped: dict[str, dict[str, list[Result]]] = {}
     for result in results:
         grouped.setdefault(result["task"], {}).setdefault(result["label"], []).append(result)
+    methods = {task: list(map(Method, grouped[task].values())) for task in TASKS if task in grouped}
     return {
-        task: sorted(map(Method, grouped[task].values()), key=lambda method: (method.parameters, method.label))
-        for task in TASKS
-        if task in grouped
+        task: sorted(
+            (method for method in found if method.scores), key=lambda method: (method.parameters, method.label)
+        )
+        for task, found in methods.items()
+        if any(method.scores for method in found)
     }
 
 
@@ -151,17 +159,22 @@ def _header(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def _rates(methods: list[Method]) -> list[str]:
-    """What each rate scored with the first seed."""
+    """What picked the rate, with the first seed: scores of rows that were kept back, or their loss."""
     swept = [method for method in methods if method.rate is not None]
     rates = sorted({result["learning_rate"] for method in swept for result in method.sweep})
     if not rates:
         return []
+    by_loss = "picking_scores" not in swept[0].best
     lines = []
     for method in swept:
-        found = {result["learning_rate"]: f"{score(result):.1f}" for result in method.sweep}
+        found = {
+            result["learning_rate"]: f"{-result['quality']:.3f}" if by_loss else f"{result['quality']:.1f}"
+            for result in method.sweep
+        }
         found[method.rate] = f"**{found[method.rate]}**"
         lines.append(f"| {method.label} | {' | '.join(found.get(rate, '') for rate in rates)} |")
-    return [*_header(("first seed, by learning rate", *(f"{rate:g}" for rate in rates))), *lines]
+    what = f"{'loss' if by_loss else 'score'} of rows kept back, by rate"
+    return [*_header((what, *(f"{rate:g}" for rate in rates))), *lines]
 
 
 def _task_table(methods: list[Method]) -> list[str]:
