@@ -26,7 +26,8 @@ def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     groups: dict[str, list[nn.Module]] = {}
     for layer in modules_around(model):
         if hasattr(layer, "site_name"):
-            groups.setdefault(re.sub(r"\d+", "#", f"{layer.side} {layer.site_name}"), []).append(layer)
+            name = re.sub(r"\d+", "#", layer.site_name)
+            groups.setdefault(f"{type(layer.host).__name__} {layer.side} {name}", []).append(layer)
     return groups
 
 

@@ -84,7 +84,7 @@ def _attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # A block within the block (Zamba's) may be called after its attention.
         parts = list(module.named_children())
         is_block = any(_is_called_attention(part) for _, part in parts) and any(_is_mlp(*part) for part in parts)
-        if not is_block and any(map(_is_linear, module.modules())):
+        if not is_block and any(map(is_linear, module.modules())):
             inside += (f"{name}.",)
             yield name, module
 
@@ -111,11 +111,13 @@ def _mlp(block: nn.Module) -> Part | str:
     found = [
         Part(name, module)
         for name, module in outside
-        if _is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS
+        if is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS
     ]
     if found:
         return found[-1]
-    return whole[0] if len(whole) == 1 else "no MLP was found in it"
+    if len(whole) > 1:
+        return f"it has several MLPs ({', '.join(part.name for part in whole)})"
+    return whole[0] if whole else "no MLP was found in it"
 
 
 def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:
@@ -133,7 +135,7 @@ def _is_mlp(name: str, module: nn.Module) -> bool:
         return False
     # Packed and quantized weights may have no axes to tell them from biases.
     matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
-    return _has_experts(module) or matrices > 1 or sum(map(_is_linear, module.modules())) > 1
+    return _has_experts(module) or matrices > 1 or sum(map(is_linear, module.modules())) > 1
 
 
 def _has_experts(module: nn.Module) -> bool:
@@ -144,15 +146,16 @@ def _last_projection(attention: Part) -> Part | None:
     found = [
         Part(f"{attention.name}.{name}", linear)
         for name, linear in named_base_modules(attention.module)
-        if _is_linear(linear) and name.rpartition(".")[2] in _ATTENTION_PROJECTIONS
+        if is_linear(linear) and name.rpartition(".")[2] in _ATTENTION_PROJECTIONS
     ]
     return found[-1] if found else None
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer."""
     # Quantized layers are subclasses, or have both widths too.
     if isinstance(module, BaseTunerLayer):
-        return hasattr(module, "base_layer") and _is_linear(module.get_base_layer())
+        return hasattr(module, "base_layer") and is_linear(module.get_base_layer())
     return isinstance(module, (nn.Linear, Conv1D)) or (
         hasattr(module, "in_features") and hasattr(module, "out_features") and next(module.children(), None) is None
     )

@@ -31,6 +31,13 @@ _PARTS = {
     "mlp_output": "ffns.{}.lin2",
     "block_output": "layer_norm2.{}",
 }
+# Class of a block -> component -> the module in it that puts that out, None where none does.
+_PARTS_OF_BLOCKS: dict[str, dict[str, str | None]] = {
+    # It has an MLP for the text and one for the image, and returns the text first.
+    "LxmertXLayer": {"mlp_output": "lang_output.dense"},
+    # What it calls gated attention weighs the entries of one axis.
+    "PatchTSMixerLayer": {"attention_output": None},
+}
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,22 @@ def stack_of(model: PreTrainedModel) -> str | None:
     # Subclasses, such as FSDP's, belong to the family.
     stack = next((_STACKS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _STACKS), None)
     # In pre-norm models no module returns the output of a layer.
-    return None if stack in _PARTS.values() and getattr(model.config, "pre_norm", False) else stack
+    norms_first = has_loose_layers(model) and getattr(model.config, "pre_norm", False)
+    return None if norms_first else stack
 
 
 def tokens_of_its_own(model: nn.Module) -> int:
     """Number of tokens that a model adds before its input and keeps in its cache, but not in its input ids."""
     config = getattr(model, "config", None)
     return config.prompt_length if getattr(config, "model_type", None) == "cpmant" else 0
+
+
+def codebooks_of(model: nn.Module) -> int:
+    """How many rows of token ids are one sequence, each with a code of every token (MusicGen)."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "model_type", "").startswith("musicgen"):
+        return 1
+    return getattr(config, "decoder", config).num_codebooks
 
 
 def has_loose_layers(model: PreTrainedModel) -> bool:
@@ -101,6 +117,14 @@ def has_loose_layers(model: PreTrainedModel) -> bool:
 def part_of_layer(component: str, layer: int) -> str | None:
     """Name of the module of a component, in a model without blocks; None if it has none."""
     return _PARTS[component].format(layer) if component in _PARTS else None
+
+
+def part_of_block(block: nn.Module, component: str) -> tuple[str | None] | None:
+    """Name of the module of a component in a block, in a tuple, (None,) if it has none; None where structure tells."""
+    parts = next(
+        (_PARTS_OF_BLOCKS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in _PARTS_OF_BLOCKS), {}
+    )
+    return (parts[component],) if component in parts else None
 
 
 def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placement | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_reft.families import codebooks_of
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.requests import RowRequests
 from peft_reft.tracker import ARGUMENTS, StandIn, Tracker
@@ -105,10 +106,12 @@ class GenerateEntry(StandIn):
     ) -> Any:
         _refuse_guidance(kwargs)
         mask = kwargs.get("attention_mask")
-        if mask is None and ids is not None and ids.dim() == 2 and kwargs.get("inputs_embeds") is None:
+        codebooks = codebooks_of(self.module)
+        plain = ids is not None and ids.dim() == 2 and codebooks == 1
+        if mask is None and plain and kwargs.get("inputs_embeds") is None:
             mask = self._inferred_mask(ids, kwargs)
         positions = {adapter.positions for adapter in self.tracker.adapters.values()}
-        generation = Generation.of(ids, mask, prompt_mask, kwargs, positions)
+        generation = Generation.of(ids, mask, prompt_mask, kwargs, positions, codebooks)
         with self._generating(generation):
             result = generate(*args, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)

@@ -86,7 +86,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             site.module.add_module(CHILD_NAMES[site.side], layer)
             # The handle is part of copies and pickles, where it keeps its id from being reused for another hook.
             if site.past_hooks:
-                EditedForward(site.module, layer).put("forward")
+                EditedForward(site.module, layer).attach()
             elif site.side == INPUT:
                 layer._handle = site.module.register_forward_pre_hook(layer.edit_input, with_kwargs=True)
             else:

@@ -64,10 +64,6 @@ class ReftModel(SteeringMixin, BaseTuner):
     # The text between the name of an edited module and the name of a parameter of its adapters.
     _markers = re.compile(rf"\.(?:{'|'.join(CHILD_NAMES.values())})\.{prefix}")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT 0.20 calls the model's `forward`, past its hooks.
-        return self.model(*args, **kwargs)
-
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
@@ -231,19 +227,6 @@ class ReftModel(SteeringMixin, BaseTuner):
         """Disable all adapters. Merged ones are unmerged first."""
         self.unmerge_adapter()
         super().disable_adapter_layers()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter.
-
-        Raises:
-            ValueError: The adapter is merged, or does not exist.
-        """
-        # PEFT 0.20 does not check this.
-        if any(adapter_name in layer.merged_adapters for layer in layers(self.model)):
-            raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. Merged ones are unmerged first, with a warning."""

@@ -10,7 +10,7 @@ from inspect import unwrap
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_reft.components import OUTPUT
+from peft_reft.components import OUTPUT, Part, is_linear
 from peft_reft.families import Placement, placement_of
 from peft_reft.layouts import Axes, Layout
 from peft_reft.modules import named_base_modules
@@ -86,16 +86,24 @@ class Places:
             ValueError: its width is unknown.
         """
         if own_width(module) is None and _placement(self.blocks, index) is None and self._in_places():
-            # The block adds it to its input, so both have the width of the block's output.
-            return replace(self.of_block(index, OUTPUT), layout=None)
+            # Without a probe: the block adds it to its input, so both have the width of the block's output.
+            return self._probed(name, OUTPUT) or replace(self.of_block(index, OUTPUT), layout=None)
         place = _place(name, module, self.blocks.owner[1])
         placement = _placement(self.blocks, index)
         if placement is None or not placement.inside:
             return place
         return replace(place, layout=placement.layout, reason=placement.reason)
 
+    def obstacle(self, index: int, part: Part) -> str | None:
+        """Why nothing tells where the tokens are in what a part of a block puts out, a clause; None if it is known."""
+        if not part.name or _placement(self.blocks, index) is not None or self._in_places():
+            return None
+        if not _is_convolution(part.module):
+            return None
+        return "it is one of convolutions, and nothing tells where the tokens are in what they put out"
+
     def _probed(self, name: str, side: str) -> Place | None:
-        """The input or output of a block according to a pass on the meta device."""
+        """The input or output of a module according to a pass on the meta device."""
         if self._shapes is None:
             self._shapes = self._probe()
         shapes = [found[name, side] for found in self._shapes if (name, side) in found]
@@ -120,9 +128,9 @@ class Places:
         for prefix, part in self._around():
             if not takes_places(part):
                 continue
-            inside = {name[len(prefix) + 1 if prefix else 0 :]: name for name in self.blocks.names}
-            if found := shapes_of(part, list(inside)):
-                return [{(inside[short], side): s for (short, side), s in shapes.items()} for shapes in found]
+            start = f"{prefix}." if prefix else ""
+            if found := shapes_of(part, [name.removeprefix(start) for name in self.blocks.names]):
+                return [{(start + name, side): shape for (name, side), shape in shapes.items()} for shapes in found]
         return []
 
     def _around(self) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -138,6 +146,14 @@ def _alike(blocks: tuple[nn.Module, ...]) -> bool:
     """Whether all blocks have parameters of the same shapes, and so the same width."""
     shapes = [[tuple(parameter.shape) for parameter in block.parameters()] for block in blocks]
     return all(other == shapes[0] for other in shapes)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether a module computes by convolutions alone."""
+    if own_width(module) is not None:
+        return False
+    kinds = [isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()]
+    return any(kinds) and not any(map(is_linear, module.modules()))
 
 
 def place_outside(model: nn.Module, name: str, module: nn.Module) -> Place:

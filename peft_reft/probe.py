@@ -1,4 +1,4 @@
-"""Input and output shapes of the blocks of a vision or audio model, found by a pass on the meta device.
+"""Input and output shapes of the modules of a vision or audio model, found by a pass on the meta device.
 
 Such models have blocks of different widths, and grids of places, features first or last. Neither their structure nor
 their configurations say so in a uniform way, so a copy of the model without weights runs on the meta device.
@@ -19,7 +19,7 @@ from peft_reft.components import INPUT, OUTPUT
 from peft_reft.layouts import first_tensor
 
 _BATCH = 2
-# Name of a block, side -> shape.
+# Name of a module, side -> shape.
 Shapes = dict[tuple[str, str], tuple[int, ...]]
 
 
@@ -34,8 +34,8 @@ def takes_tokens(model: PreTrainedModel) -> bool:
 
 
 def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
-    """Shapes at modules of a model, by their names in it: for an input of the configured size, and for larger ones if
-    the model takes them. Empty if the model does not run on the meta device.
+    """Shapes at the blocks of these names in a model, and of the output of every module in them: for an input of the
+    configured size, and for larger ones if the model takes them. Empty if the model does not run on the meta device.
     """
     try:
         with torch.device("meta"):
@@ -55,10 +55,10 @@ def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
             found.setdefault((name, side), tuple(hidden.shape))
 
     for name in names:
-        module = twin.get_submodule(name)
-        module.register_forward_pre_hook(
+        twin.get_submodule(name).register_forward_pre_hook(
             lambda m, args, kwargs, name=name: keep(name, INPUT, args or kwargs), with_kwargs=True
         )
+    for name, module in twin.named_modules():
         module.register_forward_hook(lambda m, args, output, name=name: keep(name, OUTPUT, output))
     outputs = {(name, OUTPUT) for name in names}
     for group in _inputs(twin):

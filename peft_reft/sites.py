@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_reft.components import DECODER, ENCODER, OUTPUT, Part, find_component, has_output
 from peft_reft.config import ReftConfig
-from peft_reft.families import part_of_layer
+from peft_reft.families import part_of_block, part_of_layer
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
 from peft_reft.places import Place, Places, is_called_past_hooks, place_outside
@@ -155,7 +155,7 @@ def _no_blocks(model: nn.Module) -> str:
         return f"the blocks of a Transformers model, but {kind} is not a Transformers model."
     return (
         f"the blocks of a Transformers model, but none were found in {kind}: no nn.ModuleList in it has modules whose "
-        "outputs are recorded as hidden states, that are checkpointed one by one, or whose parts have parts."
+        "outputs are recorded as hidden states, that are checkpointed one by one, or that all have parts."
     )
 
 
@@ -182,11 +182,12 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
         places, past_hooks = Places(model, stack), is_called_past_hooks(model, stack)
         for index in sorted(_indices(len(stack.blocks), config)):
             part = _part(stack, index, component)
-            if isinstance(part, Part):
+            reason = places.obstacle(index, part) if isinstance(part, Part) else part
+            if reason is None:
                 sites.append(_site_of_part(places, index, part, past_hooks))
             else:
                 kind = type(stack.blocks[index]).__name__
-                without.setdefault(f"{kind}: {part}", []).append(f"{stack.names[index]}")
+                without.setdefault(f"{kind}: {reason}", []).append(f"{stack.names[index]}")
     if not sites:
         raise ValueError(
             f"component={component!r} was not found in any of the layers to edit ({'; '.join(without)}). Name the "
@@ -205,8 +206,11 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
 
 def _part(stack: BlockList, index: int, component: str) -> Part | str:
     """A component of a block, or the reason why the block has none; its name is relative to the block."""
+    block = stack.blocks[index]
+    if (told := part_of_block(block, component)) is not None:
+        return "it has none" if told[0] is None else Part(told[0], block.get_submodule(told[0]))
     if not stack.is_loose:
-        return find_component(stack.blocks[index], component)
+        return find_component(block, component)
     name = part_of_layer(component, index)
     return "no module has the layer's input" if name is None else Part(name, stack.owner[1].get_submodule(name))
 

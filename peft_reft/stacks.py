@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +16,7 @@ from peft_reft.modules import named_modules
 # How strong the evidence is that a list holds blocks: Transformers records hidden states there; it checkpoints the
 # modules one by one; their parts have parts.
 _RECORDED, _CHECKPOINTED, _NESTED = 3, 2, 1
+_List = nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class BlockList:
     """The stack of blocks of a model or of a part of one.
 
     Attributes:
-        name: dotted name of the `nn.ModuleList`.
+        name: dotted name of the `nn.ModuleList` or `nn.Sequential`.
         blocks: the blocks, in the order of their numbers, which count through lists of lists.
         names: their dotted names.
         owner: name and module of the Transformers model that it belongs to.
@@ -51,8 +52,10 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     stream of tokens, the stack is, in this order: what `families.stack_of` names; the list that Transformers records
     hidden states from (`_can_record_outputs`); the list of modules that it checkpoints one by one; a list of modules
     whose parts have parts. Recorded and checkpointed lists are searched in the models of the part's own configuration,
-    then in the one that holds the input embeddings, then in all. Among several such lists, the one with the most
-    parameters is chosen, or all with the same number. If several models within the part have a list, all are returned.
+    then in the one that holds the input embeddings, then in all. Without such a list, it is an `nn.Sequential` of
+    modules whose parts have parts, else a list of modules that have parts. Among several such lists, the one with the
+    most parameters is chosen, or all with the same number. If several models within the part have a list, all are
+    returned.
     """
     return _Search(model).lists() if isinstance(model, PreTrainedModel) else []
 
@@ -127,13 +130,13 @@ class _Search:
             seen.update(module for _, module in named_modules(part))
         return found
 
-    def _of_family(self, part: nn.Module) -> list[nn.ModuleList]:
+    def _of_family(self, part: nn.Module) -> list[_List]:
         for name, module in named_modules(part):
             if isinstance(module, PreTrainedModel) and (stack := stack_of(module)) is not None:
                 return [part.get_submodule(f"{name}.{stack}" if name else stack)]
         return []
 
-    def _of_part(self, part: nn.Module, seen: set[nn.Module]) -> list[nn.ModuleList]:
+    def _of_part(self, part: nn.Module, seen: set[nn.Module]) -> list[_List]:
         tower = _text_part(part) if isinstance(part, PreTrainedModel) else part
         ranks = {blocks: self._rank(blocks) for blocks in _outermost_lists(tower) if blocks not in seen}
         owners = {blocks: self._owner(blocks) for blocks in ranks}
@@ -152,7 +155,7 @@ class _Search:
         ):
             if chosen := [blocks for blocks in lists if ranks[blocks] == rank]:
                 return list(_largest(chosen, owners if lists is ranks else {}))
-        return []
+        return list(_largest(_other_lists(tower, seen), {}))
 
     def _owner(self, module: nn.Module) -> PreTrainedModel:
         return innermost_model(self.model, self.names[module])[1]
@@ -171,7 +174,7 @@ class _Search:
             return _RECORDED
         return _CHECKPOINTED if any(_is_checkpointed(block) for block in _flat(blocks)) else _NESTED
 
-    def _block_list(self, blocks: nn.ModuleList, stream: str) -> BlockList:
+    def _block_list(self, blocks: _List, stream: str) -> BlockList:
         name, flat = self.names[blocks], _flat(blocks)
         if not all(map(_is_nested, flat)) and any(map(_is_checkpointed, flat)):
             # Vision models have patch embeddings between their blocks.
@@ -183,16 +186,29 @@ class _Search:
 
 def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     """Outermost lists of modules whose parts have parts, or some of which are checkpointed one by one."""
+    return _outermost(model, nn.ModuleList, lambda flat: all(map(_is_nested, flat)) or any(map(_is_checkpointed, flat)))
+
+
+def _other_lists(tower: nn.Module, seen: set[nn.Module]) -> list[_List]:
+    """The next best lists, for models in which no `nn.ModuleList` certainly holds blocks."""
+    if any(isinstance(part, PreTrainedModel) and has_loose_layers(part) for _, part in named_modules(tower)):
+        return []
+    found = list(_outermost(tower, nn.Sequential, lambda flat: len(flat) > 1 and all(map(_is_nested, flat))))
+    found = found or list(_outermost(tower, nn.ModuleList, lambda flat: len(flat) > 1 and all(map(_has_parts, flat))))
+    return [blocks for blocks in found if blocks not in seen]
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module], fits: Callable[[list[nn.Module]], bool]) -> Iterator[_List]:
     inside: tuple[str, ...] = ()
     for name, module in named_modules(model):
-        if name.startswith(inside) or not isinstance(module, nn.ModuleList) or not (flat := _flat(module)):
+        if name.startswith(inside) or not isinstance(module, kind) or not (flat := _flat(module)):
             continue
-        if all(map(_is_nested, flat)) or any(map(_is_checkpointed, flat)):
+        if fits(flat):
             inside += (f"{name}.",)
             yield module
 
 
-def _flat(blocks: nn.ModuleList) -> list[nn.Module]:
+def _flat(blocks: _List) -> list[nn.Module]:
     """The modules of a list and of the lists in it, in order."""
     flat = [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
     # Some lists hold None for some layers.
@@ -202,6 +218,10 @@ def _flat(blocks: nn.ModuleList) -> list[nn.Module]:
 def _is_nested(block: nn.Module) -> bool:
     """Whether a module's parts have parts: a block, rather than a projection or an expert."""
     return has_output(block) and any(next(part.children(), None) is not None for part in block.children())
+
+
+def _has_parts(block: nn.Module) -> bool:
+    return has_output(block) and next(block.children(), None) is not None
 
 
 def _is_checkpointed(block: nn.Module) -> bool:
@@ -218,7 +238,7 @@ def _recorded_classes(model: PreTrainedModel) -> tuple[type, ...]:
     return tuple(entry for entry in classes if isinstance(entry, type))
 
 
-def _largest(lists: list[nn.ModuleList], owners: Mapping[nn.ModuleList, PreTrainedModel]) -> Iterator[nn.ModuleList]:
+def _largest(lists: list[_List], owners: Mapping[_List, PreTrainedModel]) -> Iterator[_List]:
     """The lists of each owner that hold the most parameters."""
     sizes = {blocks: _parameter_count(blocks) for blocks in lists}
     for blocks in lists:

@@ -21,12 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_reft.calls import groups_of_layers, say_uncalled
 from peft_reft.components import DECODER, ENCODER
-from peft_reft.families import tokens_of_its_own
+from peft_reft.families import codebooks_of, tokens_of_its_own
 from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
 from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache, positional_names
-from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests, batch_size
+from peft_reft.tokens.requests import AdapterNames, RowRequests, batch_size
 
 # Arguments of `forward` and `generate` that only ReFT reads.
 ASKING = {"adapter_names", "subspaces"}
@@ -264,7 +264,7 @@ class Entry(StandIn):
         self.language_model = language_model
         self.root = root
         self.names = positional_names(module.forward)
-        self.own_tokens = tokens_of_its_own(module)
+        self.own_tokens, self.codebooks = tokens_of_its_own(module), codebooks_of(module)
         self.handles: list[RemovableHandle] = []
 
     @classmethod
@@ -398,13 +398,13 @@ class Entry(StandIn):
         if requests is not None:
             batch = batch_size([stream.shape[0] for stream in pass_.streams.values()], call)
             requests.check(self.tracker.adapters, self.module.training, batch)
-            if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
+            if requests.choose_modules:
                 pass_.handles += choose_heads(self.module, requests)
 
     def _tokens(self, stream: str, call: Mapping[str, Any]) -> CallTokens | None:
         if self.encoder_decoder and stream == DECODER and len(self.streams) > 1:
-            return CallTokens.of_decoder(call)
-        tokens = CallTokens.of(call)
+            return CallTokens.of_decoder(call, self.codebooks)
+        tokens = CallTokens.of(call, self.codebooks if stream == DECODER else 1)
         if self.own_tokens and tokens is not None:
             tokens = tokens.behind(self.own_tokens)
         mask = self.tracker.own.prompt_mask

@@ -12,9 +12,11 @@ import transformers
 
 _HEAD = """# Architectures
 
-What `tests/architectures.py` found in every model class of Transformers' automatic mappings, each tiny and random, with
-Transformers {transformers}, PEFT {peft} and torch {torch} ({processor}). It compares with the base model, with rows
-alone instead of in a padded batch, with Transformers' own hidden states, and with generation by other routes.
+What `tests/architectures.py` found in the model classes of Transformers' automatic mappings, each tiny and random:
+language models, with images and sound too, sequence to sequence, masked words, classifiers of texts, images and sounds,
+CTC, and bare models. Other heads stand on the same blocks. Transformers {transformers}, PEFT {peft}, torch {torch}
+({processor}). The checks compare with the base model, with rows alone instead of in a padded batch, with Transformers'
+own hidden states, and with generation by other routes.
 
 {counts}
 
@@ -52,6 +54,11 @@ _LAYOUTS = [
     ),
     ("every token several times", "ProphetNet's decoder", "each time alike"),
     (
+        "ids of several codebooks, `[batch * codebooks, tokens]` or `[batch, tokens, codebooks]`",
+        "MusicGen; models of sound such as CSM",
+        "the token that all of its codes stand for",
+    ),
+    (
         "one vector for several tokens, or none for any",
         "Canine, Perceiver, Funnel behind its first blocks",
         'everything (`positions="all"`); words that count tokens are refused when attaching',
@@ -70,8 +77,8 @@ _STATES = {
 }
 
 
-def table(rows: Iterable[Mapping], states: Mapping[str, str]) -> str:
-    """The page, from the rows of the sweep and the state of each class."""
+def table(rows: Iterable[Mapping], states: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+    """The page, from the rows of the sweep, the state of each class, and the reasons of those that fail."""
     families: dict[str, list[Mapping]] = {}
     for row in rows:
         families.setdefault(row["model_type"], []).append(row)
@@ -85,12 +92,12 @@ def table(rows: Iterable[Mapping], states: Mapping[str, str]) -> str:
         layouts="\n".join(f"| {' | '.join(cells)} |" for cells in _LAYOUTS),
         counts=f"Of {sum(counts.values()):,} classes, {said}.",
     )
-    return head + "".join(_line(name, families[name], states) for name in sorted(families))
+    return head + "".join(_line(name, families[name], states, reasons) for name in sorted(families))
 
 
-def _line(family: str, rows: list[Mapping], states: Mapping[str, str]) -> str:
+def _line(family: str, rows: list[Mapping], states: Mapping[str, str], reasons: Mapping[str, str]) -> str:
     first = max(rows, key=lambda row: len(row.get("checks", {})))
-    notes, checks = first.get("notes", {}), first.get("checks", {})
+    notes = first.get("notes", {})
     whole = sum(states[row["class"]] == "ok" for row in rows)
     cells = [
         f"`{family}`",
@@ -98,7 +105,7 @@ def _line(family: str, rows: list[Mapping], states: Mapping[str, str]) -> str:
         _sites(notes.get("attention_output")),
         _sites(notes.get("mlp_output")),
         f"{whole} of {len(rows)}",
-        _remarks(checks, notes),
+        "; ".join([*dict.fromkeys(reasons[row["class"]] for row in rows if row["class"] in reasons), *_remarks(first)]),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -107,10 +114,12 @@ def _sites(names: list[str] | None) -> str:
     return ", ".join(f"`{name}`" for name in names or ())
 
 
-def _remarks(checks: Mapping[str, str], notes: Mapping[str, str]) -> str:
-    shown = [
-        f"{name}: {said}" for name, said in checks.items() if said != "ok" and name not in ("lora", "checkpointing")
-    ]
+def _remarks(row: Mapping) -> list[str]:
+    """What could not be compared, or is refused."""
+    checks, notes = row.get("checks", {}), row.get("notes", {})
+    unseen = ("lora", "checkpointing")
+    said = [f"{name}: {how}" for name, how in checks.items() if name not in unseen and not how.startswith("FAIL")]
+    shown = [text for text in said if not text.endswith(": ok")]
     if "error" in notes:
         shown.append(f"base model: {notes['error'].partition(' (')[0][:100]}")
-    return "; ".join(shown).replace("|", "\\|").replace("\n", " ")
+    return [text.replace("|", "\\|").replace("\n", " ") for text in shown]

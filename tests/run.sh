@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests in an environment of their own, which it creates first if need be.
 #   usage: tests/run.sh [newest|pinned|oldest|all] [pytest arguments]
-#          tests/run.sh vllm|lm_eval|sentence_transformers [pytest arguments]   # with a program that needs its own
+#          tests/run.sh vllm|lm_eval|sentence_transformers|diffusers [pytest arguments]   # with a program that needs its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case ${1:-} in vllm|lm_eval|sentence_transformers)
+case ${1:-} in vllm|lm_eval|sentence_transformers|diffusers)
     program=$1
     shift
     environment=${REFT_ENV:-.venv-$program}

@@ -60,10 +60,13 @@ def build(model_type: str, name: str) -> PreTrainedModel:
     if hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(Exception):
             model.set_experts_implementation("eager")
-    for parameter in model.parameters():
-        # Some are made by torch.empty, and never initialized.
-        if not torch.isfinite(parameter).all():
+    for name, parameter in model.named_parameters():
+        # Some are made by torch.empty, and never initialized. A weight of zeros hides all that is before it.
+        if not torch.isfinite(parameter).all() or not ("bias" in name or parameter.any()):
             nn.init.normal_(parameter, std=0.1)
+    for name, buffer in model.named_buffers():
+        if "embed" in name and buffer.is_floating_point() and not buffer.any():  # codebooks
+            buffer.normal_(std=0.1)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, 0, 1
@@ -90,7 +93,9 @@ def main_output(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor):
         return output
     for name in _OUTPUTS:
-        if isinstance(value := getattr(output, name, None), torch.Tensor):
+        value = getattr(output, name, None)
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, torch.Tensor):
             return value
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     floats = (v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel() > 1)
@@ -177,7 +182,7 @@ class Subject:
         ids = batch["input_ids"]
         text = {name: value for name, value in batch.items() if name in self.parameters}
         decoder = {}
-        if self.encoder_decoder and "decoder_input_ids" in self.parameters:
+        if "decoder_input_ids" in self.parameters:
             decoder = {"decoder_input_ids": ids[:, :5].clone()}
         if "input_ids" in self.parameters:
             types = {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in self.parameters}
@@ -188,8 +193,11 @@ class Subject:
             yield from ({**text, **decoder, **others}, {**decoder, **others})
         if "input_ids" in self.parameters:
             yield from ({**text, **decoder, "use_cache": False}, {"input_ids": ids})
+            codebooks = self._setting("num_codebooks", default=1)
+            yield from ({"input_ids": ids.repeat(codebooks, 1)}, {"input_ids": ids[..., None].repeat(1, 1, codebooks)})
         if "hidden_states" in self.parameters:
             yield {"hidden_states": torch.randn(2, 8, HIDDEN)}
+        yield from self._among_tokens(ids)
 
     def _images(self) -> Iterator[dict[str, torch.Tensor]]:
         size = self._setting("image_size", "input_size", default=32)
@@ -205,6 +213,20 @@ class Subject:
             yield {"pixel_values_videos": torch.randn(2, frames, channels, *size)}
         if "visual_feats" in self.parameters:
             yield {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
+
+    def _among_tokens(self, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """An image among the tokens, for models that take no text alone."""
+        image = self._setting("image_token_id", "image_token_index")
+        if not self.parameters >= {"pixel_values", "input_ids"}:
+            return
+        for pixels in self._images():
+            if "image_attention_mask" in self.parameters and "pixel_values" in pixels:
+                several = {"pixel_values": pixels["pixel_values"][:, None], "image_attention_mask": torch.ones(2, 8, 1)}
+                yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **several}
+            for count in (0, 4, 16, 1, 5, 17, 64) if image is not None else (0,):
+                together = torch.cat([torch.full((2, count), image or 0), ids], dim=1)
+                call = {"input_ids": together, "attention_mask": torch.ones_like(together), **pixels}
+                yield call | {name: ids for name in ("qformer_input_ids",) if name in self.parameters}
 
     def _sounds(self) -> Iterator[dict[str, torch.Tensor]]:
         names = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")

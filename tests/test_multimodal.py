@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from adapters import layers_of
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
@@ -91,10 +92,14 @@ def one_step(model, batch, folder) -> None:
     Trainer(model, arguments, train_dataset=Indices(), data_collator=lambda examples: dict(batch)).train()
 
 
-def assert_trained(model) -> None:
-    parameters = [p for name, p in model.named_parameters() if "reft_" in name and "bias" in name]
-    assert parameters
-    assert all(p.any() for p in parameters)
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "reft_" in name}
+
+
+def assert_trained(model, before: dict[str, torch.Tensor]) -> None:
+    after = adapter_of(model)
+    assert after.keys() == before.keys()
+    assert not [name for name in before if torch.equal(after[name], before[name])]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,12 +109,12 @@ def test_prompt_positions_count_the_places_of_images(name, tmp_path):
     config = ReftConfig(r=2, positions="f2+l1", layers_to_transform=[1], init_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     before, after = watch(base, [f"{family.blocks}.1"])
-    batch = batch_of(family, base.config.image_token_id)
+    batch, fresh = batch_of(family, base.config.image_token_id), adapter_of(model)
     one_step(model, batch, tmp_path)
     changed = (before[f"{family.blocks}.1"] != after[f"{family.blocks}.1"]).any(-1)
     places = 1 + family.image_tokens  # behind the image
     assert [row.nonzero().flatten().tolist() for row in changed] == [[0, 1, places + 1], [0, 1, places]]
-    assert_trained(model)
+    assert_trained(model, fresh)
 
 
 def test_positions_of_a_text_with_an_image_are_shown(capsys):
@@ -119,46 +124,86 @@ def test_positions_of_a_text_with_an_image_are_shown(capsys):
     assert "3 of 5 tokens (0-1, 4)" in capsys.readouterr().out
 
 
-def processor_of_llava() -> transformers.LlavaProcessor:
+def tokenizer_with(*words: str) -> transformers.PreTrainedTokenizerFast:
+    """The tiny tokenizer with further special words, the first of which its template writes for an image."""
     tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    size = {"height": 32, "width": 32}
-    images = transformers.CLIPImageProcessor(size=size, crop_size=size)
-    template = tokenizer.chat_template.replace("{{ message['content'] }}", "{{ words(message) }}")
-    words = (
+    tokenizer.add_special_tokens({"additional_special_tokens": list(words)})
+    macro = (
         "{% macro words(message) %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE {% else %}{{ part['text'] }}"
         "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    ).replace("IMAGE", words[0])
+    tokenizer.chat_template = macro + tokenizer.chat_template.replace(
+        "{{ message['content'] }}", "{{ words(message) }}"
     )
-    return transformers.LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=words + template,
-    )
+    return tokenizer
 
 
-def test_sft_of_trl_with_images_edits_where_it_was_asked_for(tmp_path):
-    processor = processor_of_llava()
+def processor_of_llava() -> transformers.LlavaProcessor:
+    tokenizer, size = tokenizer_with("<image>"), {"height": 32, "width": 32}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size)
+    settings = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return transformers.LlavaProcessor(images, tokenizer, chat_template=tokenizer.chat_template, **settings)
+
+
+def processor_of_gemma3() -> transformers.Gemma3Processor:
+    tokenizer = tokenizer_with("<begin>", "<image>", "<end>")
+    for name, word in {"boi": "<begin>", "image": "<image>", "eoi": "<end>"}.items():
+        setattr(tokenizer, f"{name}_token", word)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(word))
+    images = transformers.Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    return transformers.Gemma3Processor(images, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4)
+
+
+class Qwen2_5VLProcessorOfImages(transformers.Qwen2_5_VLProcessor):
+    """Without one of videos, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+        transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def processor_of_qwen2_5_vl() -> transformers.Qwen2_5_VLProcessor:
+    tokenizer = tokenizer_with("<image>", "<video>")
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+    images = transformers.Qwen2VLImageProcessor(patch_size=8, temporal_patch_size=2, merge_size=2, size=size)
+    return Qwen2_5VLProcessorOfImages(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def processor_of_idefics3() -> transformers.Idefics3Processor:
+    tokenizer = tokenizer_with("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    edge = {"longest_edge": 32}
+    images = transformers.Idefics3ImageProcessor(size=edge, max_image_size=edge, do_image_splitting=False)
+    return transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+
+
+PROCESSORS = {
+    "llava": processor_of_llava,
+    "gemma3": processor_of_gemma3,
+    "qwen2.5-vl": processor_of_qwen2_5_vl,
+    "idefics3": processor_of_idefics3,
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_sft_of_trl_with_images_edits_where_it_was_asked_for(name, tmp_path):
+    family, processor = FAMILIES[name], PROCESSORS[name]()
+    base = build(family.model_type, family.model)
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    settings = tiny.ZOO["llava"].settings
-    text = settings["text_config"] | {"vocab_size": len(processor.tokenizer)}
-    base = (
-        tiny.ZOO["llava"]._replace(settings=settings | {"text_config": text, "image_token_index": image_token}).build()
-    )
+    base.config.image_token_id = image_token
     picture = Image.new("RGB", (32, 32), (200, 30, 30))
     rows = [
         {
             "images": [picture],
-            "prompt": [{"role": "user", "content": f"w8 w{9 + i}"}],
+            "prompt": [{"role": "user", "content": " ".join(f"w{n}" for n in range(8, 9 + i))}],
             "completion": [{"role": "assistant", "content": "w20 w21"}],
         }
         for i in range(2)
     ]
-    block = f"{tiny.ZOO['llava'].blocks}.1"
-    config = ReftConfig(r=2, positions="f1+l2", layers_to_transform=[1], init_weights=False, task_type="CAUSAL_LM")
+    block = f"{family.blocks}.1"
+    # Four tokens reach into the image, whatever stands around it.
+    config = ReftConfig(r=2, positions="f4+l2", layers_to_transform=[1], init_weights=False, task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=base,
         args=SFTConfig(output_dir=str(tmp_path), max_length=None, **OPTIONS),
@@ -166,16 +211,49 @@ def test_sft_of_trl_with_images_edits_where_it_was_asked_for(tmp_path):
         processing_class=processor,
         peft_config=config,
     )
-    seen = []
+    seen, fresh = [], adapter_of(trainer.model)
     base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     before, after = watch(base, [block])
     trainer.train()
-    ids, labels = seen[0]["input_ids"], seen[0]["labels"]
-    assert int((ids[0] == image_token).sum()) == 16
+    ids, labels, mask = (seen[0][key] for key in ("input_ids", "labels", "attention_mask"))
+    assert not mask.all()
     changed = (before[block] != after[block]).any(-1)
     for row in range(2):
-        answer = int((labels[row] != -100).nonzero()[0])
-        assert changed[row].nonzero().flatten().tolist() == [0, answer - 2, answer - 1]
+        places = (ids[row] == image_token).nonzero().flatten().tolist()
+        assert len(places) == family.image_tokens
+        first, answer = int(mask[row].nonzero()[0]), int((labels[row] != -100).nonzero()[0])
+        assert places[0] < first + 4
+        edited = [*range(first, first + 4), answer - 2, answer - 1]
+        assert changed[row].nonzero().flatten().tolist() == edited
+    assert_trained(trainer.model, fresh)
+
+
+# Models of text with an image behind it.
+BEHIND_TEXT = {"vilt": "ViltModel", "visual_bert": "VisualBertModel", "layoutlmv3": "LayoutLMv3Model"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BEHIND_TEXT)
+def test_places_of_an_image_behind_the_text_are_no_tokens(family):
+    base = build(family, BEHIND_TEXT[family])
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if family == "visual_bert":
+        seen = torch.randn(2, 3, base.config.visual_embedding_dim)
+        batch = {"visual_embeds": seen, "visual_attention_mask": torch.ones(2, 3)}
+    if family == "layoutlmv3":
+        size = base.config.input_size
+        batch = {"pixel_values": torch.randn(2, 3, size, size), "bbox": torch.zeros(2, 6, 4, dtype=torch.long)}
+    batch["input_ids"] = torch.randint(10, 60, (2, 6))
+    batch["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    for positions, edited in {"f1+l2": [[0, 4, 5], [0, 2, 3]], "all": [[*range(6)], [*range(4)]]}.items():
+        model = get_peft_model(base, ReftConfig(r=2, positions=positions, layers_to_transform=0, init_weights=False))
+        block = layers_of(model.eval())[0].site_name
+        before, after = watch(base, [block])
+        model(**batch)
+        assert after[block].shape[1] > 6
+        changed = (before[block] != after[block]).any(-1)
+        assert [row.nonzero().flatten().tolist() for row in changed] == edited
+        base = model.unload()
 
 
 def test_whisper_is_trained_by_transformers_trainer(tmp_path):

@@ -5,7 +5,8 @@
 
 What a pass pays before its first edit, from the arguments of `forward` to the indices of the tokens; other layers with
 the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows without
-padding, and the prefill of a left-padded `generate`.
+padding, and the prefill of a left-padded `generate`. The last row is what further positions cost in a pass of the first
+case, once the prompts are known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peft_reft.tokens.prompts import CallTokens, Told
 from peft_reft.tokens.selections import Selection
 
 TRAINING, PACKED, GENERATION = "training, right-padded", "training, packed", "generate, left-padded"
+KNOWN = "prompts known"
 SPECS = ("f7+l7", "prompt", "completion", "all")
 
 
@@ -42,6 +44,8 @@ def main() -> None:
         for case, stream in streams(args.batch, args.tokens, device).items()
         for spec in SPECS
     }
+    known = streams(args.batch, args.tokens, device)[TRAINING]()
+    finders |= {f"{KNOWN}, {spec}": partial(find_more, known, parse(spec), hidden) for spec in SPECS}
     times = interleave({name: time_often(run, clock) for name, run in finders.items()}, args.rounds)
     results = {name: one["time"] for name, one in times.items()}
     heading = f"Finding the tokens to edit, {args.batch} x {args.tokens} tokens; milliseconds, median (quartiles):"
@@ -50,6 +54,12 @@ def main() -> None:
 
 def find(stream: Callable[[], Stream], positions: Positions, hidden: torch.Tensor) -> Selection | None:
     return stream().select(positions, hidden, "block")
+
+
+def find_more(stream: Stream, positions: Positions, hidden: torch.Tensor) -> Selection | None:
+    """As `find`, in a pass that has found its prompts for other positions."""
+    segments = stream.segments(positions, stream.shape)
+    return segments.selection(positions, len(hidden), hidden.device, stream.training)
 
 
 def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Stream]]:
@@ -90,7 +100,7 @@ def report(times: Mapping[str, list[float]]) -> str:
     def cell(case: str, spec: str) -> str:
         return f"{Spread.of(times[f'{case}, {spec}']):.3f}"
 
-    rows = ([case, *(cell(case, spec) for spec in SPECS)] for case in (TRAINING, PACKED, GENERATION))
+    rows = ([case, *(cell(case, spec) for spec in SPECS)] for case in (TRAINING, PACKED, GENERATION, KNOWN))
     return table(["", *SPECS], rows)
 
 

@@ -162,7 +162,7 @@ def _intervention(times: Any) -> Target:
 
 
 def _positions(times: Any) -> Iterator[Target]:
-    for case in (finding_positions.TRAINING, finding_positions.GENERATION):
+    for case in (finding_positions.TRAINING, finding_positions.GENERATION, finding_positions.KNOWN):
         spread = Spread.of(times[f"{case}, f7+l7"])
         yield Target(f"finding positions, 64 x 2,048, {case}, f7+l7, ms", "<=", 0.1, spread)
 

@@ -66,6 +66,7 @@ class Generation:
         prompt_mask: Any,
         call: Mapping[str, Any],
         positions: Iterable[Positions],
+        codebooks: int = 1,
     ) -> Generation:
         """From the arguments of `generate`.
 
@@ -75,8 +76,9 @@ class Generation:
             prompt_mask: see `checked_prompt_mask`; None for all real tokens.
             call: the arguments.
             positions: see the class.
+            codebooks: see `CallTokens.of`.
         """
-        tokens = CallTokens.of(dict(call) | {"input_ids": ids})
+        tokens = CallTokens.of(dict(call) | {"input_ids": ids}, codebooks)
         if mask is not None:
             real = mask != 0
         else:  # without inputs, Transformers starts from one token
@@ -247,7 +249,8 @@ def _recall(cache: Any, prompt: torch.Tensor, past: int, ids: torch.Tensor | Non
 
 def _comes_again(token: torch.Tensor, ids: torch.Tensor | None, column: int, prompt: torch.Tensor) -> torch.Tensor:
     """Whether each row's `token` is in a column of `ids`, bool `[batch]`; assumed to be so for embeddings."""
-    if ids is None:
+    if ids is None or ids.dim() != token.dim() + 1:
         return torch.ones(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    tokens = token.repeat_interleave(prompt.shape[0] // len(token)).to(prompt.device)
-    return tokens == ids[:, column].to(prompt.device)
+    tokens = token.repeat_interleave(prompt.shape[0] // len(token), dim=0).to(prompt.device)
+    same = tokens == ids[:, column].to(prompt.device)
+    return same if same.dim() == 1 else same.all(-1)  # several codebooks

@@ -52,7 +52,7 @@ class CallTokens:
     Attributes:
         shape: `(batch, tokens)` of the pass.
         device: where the tokens are.
-        ids: the token ids, None for embeddings.
+        ids: the token ids, None for embeddings, and where a token has several.
         cache: the cache that the pass continues.
         past: number of tokens in the cache: a tensor for caches of compiled steps, None for one without a length.
         mask: the attention mask as passed, of any kind.
@@ -71,18 +71,25 @@ class CallTokens:
     starts: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, call: Mapping[str, Any]) -> CallTokens | None:
+    def of(cls, call: Mapping[str, Any], codebooks: int = 1) -> CallTokens | None:
         """The tokens of a model with one stream, or of an encoder; None if the arguments have no tokens.
+
+        Args:
+            call: the arguments.
+            codebooks: number of rows of token ids that are one sequence.
 
         Raises:
             NotImplementedError: the cache belongs to continuous batching.
         """
         ids = call.get("input_ids")
         embeds = (value for name in ("inputs_embeds", "hidden_states") if _has_axes(value := call.get(name), 3))
-        like = next(embeds, ids if _has_axes(ids, 2) else None)
+        # Ids `[batch, tokens, codebooks]` are those of sound.
+        like = next(embeds, ids if _has_axes(ids, 2) or _has_axes(ids, 3) else None)
         if like is None:
             return None
         shape = tuple(like.shape[:2])
+        if like is ids and (codebooks > 1 or ids.dim() == 3):
+            shape, ids = (shape[0] // (codebooks if ids.dim() == 2 else 1), shape[1]), None
         labels, cache = call.get("labels"), find_cache(call)
         if isinstance(cache, PagedAttentionCache):
             raise NotImplementedError(_CONTINUOUS_BATCHING)
@@ -99,13 +106,13 @@ class CallTokens:
         )
 
     @classmethod
-    def of_decoder(cls, call: Mapping[str, Any]) -> CallTokens | None:
+    def of_decoder(cls, call: Mapping[str, Any], codebooks: int = 1) -> CallTokens | None:
         """The decoder's tokens in an encoder-decoder model; if the call has none, they are made from the labels."""
         own = {name.removeprefix("decoder_"): value for name, value in call.items() if name.startswith("decoder_")}
         labels = call.get("labels")
         if own.get("input_ids") is None and own.get("inputs_embeds") is None:
-            own["input_ids"] = labels if _has_axes(labels, 2) else call.get("input_ids")
-        return cls.of(own | {"cache": find_cache(call)})
+            own["input_ids"] = labels if _has_axes(labels, 2) or _has_axes(labels, 3) else call.get("input_ids")
+        return cls.of(own | {"cache": find_cache(call)}, codebooks)
 
     def behind(self, own: int) -> CallTokens:
         """The new tokens of this pass, for a model that is passed all ids and caches `own` tokens of its own."""

@@ -58,6 +58,8 @@ class RowRequests:
             )
         # Inside `generate` rows may be repeated after the check.
         self.checked = False
+        # Whether one of the adapters has its own copies of modules.
+        self.choose_modules = False
         # Cache of the layers, dropped with the call.
         self.kept: dict[tuple, Any] = {}
         self._positions: dict[tuple[Positions | None, ...], RowPositions] = {}
@@ -107,6 +109,7 @@ class RowRequests:
                     f"{batch} respectively."
                 )
         self.checked = batch is not None
+        self.choose_modules = any(adapters[name].modules for name in {*(self.adapters or ())} - {BASE})
 
     def of_rows(self, batch: int) -> list[tuple[str | None, tuple[str, ...] | None]]:
         """The adapter and the subspaces of each of the `batch` rows of a pass.

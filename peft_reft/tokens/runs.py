@@ -20,7 +20,7 @@ from peft_reft.tokens.selections import EVERY_TOKEN, Selection, repeat_rows, row
 IGNORE_INDEX = -100
 
 PADDING, PROMPT, COMPLETION, BEFORE = range(4)
-# Added to the role of a token that opens a packed sequence.
+# A bit that is added to the role of a token which opens a packed sequence.
 _OPENS = 4
 
 _REMEDIES = (
@@ -210,7 +210,7 @@ class Marks:
             roles = roles + (self.real & labeled)
         else:
             roles = roles * COMPLETION if self.prompt is None else roles + (self.real & ~self.prompt)
-        return roles if self.starts is None else roles + self.starts * _OPENS
+        return roles if self.starts is None else roles + self.starts.to(torch.uint8) * _OPENS
 
 
 @torch.library.custom_op("peft_reft::find_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -272,7 +272,7 @@ class Runs:
         batch, tokens = map(int, grid.shape)
         flat = grid.cpu().numpy().reshape(-1)
         starts = flat >= _OPENS if packed else None
-        flat = flat % _OPENS if packed else flat
+        flat = flat & (_OPENS - 1) if packed else flat
         opening = _opens(flat, tokens)
         if turn:
             opening[turn::tokens] = True
