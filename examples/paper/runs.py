@@ -338,7 +338,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer. If it has no padding token, it gets the unknown-word token, as in the paper, else the end token."""
+    """The tokenizer. A missing padding token becomes the unknown-word token, as in the paper, else the end token."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
