@@ -36,7 +36,7 @@ _MLP_PROJECTIONS = (
 )
 # Name parts of MLPs that may lack a single last projection.
 _MLPS = ("mlp", "ffn", "feed_forward", "moe")
-_ADDS_UP = "it adds the outputs of several MLPs, so no module returns the sum"
+_ADDS_UP = "it adds up the outputs of several MLPs, so that no module puts out the sum"
 # Name parts of modules before or after an MLP: hyper-connections, convolutions, norms.
 _BESIDE_MLPS = "hyper|_hc$|conv|norm"
 

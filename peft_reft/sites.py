@@ -212,7 +212,7 @@ def _part(stack: BlockList, index: int, component: str) -> Part | str:
     if not stack.is_loose:
         return find_component(block, component)
     name = part_of_layer(component, index)
-    return "no module has the layer's input" if name is None else Part(name, stack.owner[1].get_submodule(name))
+    return "no module is given what the layer is" if name is None else Part(name, stack.owner[1].get_submodule(name))
 
 
 def _site_of_part(places: Places, index: int, part: Part, past_hooks: bool) -> Site:

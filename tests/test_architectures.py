@@ -40,7 +40,7 @@ HARD: dict[str, dict[str, str]] = {
     "CpmAntForCausalLM": _NO_CHECKPOINTS | {"padding": "right: the base model", "generate": "no cache: the base model"},
     "ProphetNetForConditionalGeneration": {"padding": "left: the base model differs"},
     # No blocks at all; lists of lists, and tokens pooled between; bytes, patches and bytes again.
-    "XLMWithLMHeadModel": _NO_CHECKPOINTS | {"generate": "the base model differs", "block_input": "no module has"},
+    "XLMWithLMHeadModel": _NO_CHECKPOINTS | {"generate": "the base model differs", "block_input": "no module is given"},
     "FunnelModel": {"padding": "the base model differs"},
     "BltForCausalLM": {
         "padding": "left: the base model differs",

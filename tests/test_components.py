@@ -162,7 +162,7 @@ def test_a_block_that_adds_up_two_mlps_has_no_mlp_output():
     sites = sites_of(adapted(alone.build(), component="mlp_output"))
     assert sites == {f"model.layers.{i}.block_sparse_moe" for i in range(LAYERS)}
     # Older releases do not name which parts are experts.
-    why = r"it (adds the outputs of|has) several MLPs"
+    why = r"it (adds up the outputs of|has) several MLPs"
     with pytest.raises(ValueError, match=rf"component='mlp_output' was not found .* {why}"):
         adapted(beside.build(), component="mlp_output")
 

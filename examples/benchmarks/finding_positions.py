@@ -3,10 +3,10 @@
     python examples/benchmarks/finding_positions.py
     python examples/benchmarks/finding_positions.py --device cuda
 
-What a pass pays before its first edit, from the arguments of `forward` to the indices of the tokens; other layers with
-the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows without
-padding, and the prefill of a left-padded `generate`. The last row is what further positions cost in a pass of the first
-case, once the prompts are known.
+The cost of a pass before its first edit, from the arguments of `forward` to the indices of the tokens; other layers
+with the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows
+without padding, and the prefill of a left-padded `generate`. The last row is the cost of further positions in a pass of
+the first case, once the prompts are known.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         args.rounds = min(args.rounds, 7)
     device, _ = start(args)
     clock = Clock(device)
-    # One feature: nothing but the shape and the device of the representations counts.
+    # One feature: only the shape and the device of the representations matter.
     hidden = torch.zeros(args.batch, args.tokens, 1, device=device)
     finders = {
         f"{case}, {spec}": partial(find, stream, parse(spec), hidden)
@@ -57,13 +57,13 @@ def find(stream: Callable[[], Stream], positions: Positions, hidden: torch.Tenso
 
 
 def find_more(stream: Stream, positions: Positions, hidden: torch.Tensor) -> Selection | None:
-    """As `find`, in a pass that has found its prompts for other positions."""
+    """Like `find`, in a pass that has already found its prompts for other positions."""
     segments = stream.segments(positions, stream.shape)
     return segments.selection(positions, len(hidden), hidden.device, stream.training)
 
 
 def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Stream]]:
-    """Case -> what makes the stream of a pass of it."""
+    """Case -> a function that creates the stream of one of its passes."""
     call = example(batch, tokens, device)
     # What `generate` hands over.
     flipped = {name: call[name].flip(-1) for name in ("input_ids", "attention_mask")}
@@ -87,7 +87,7 @@ def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable
 
 
 def example(batch: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A right-padded batch of sequences of different length, the first half of each of them prompt."""
+    """A right-padded batch of sequences of different lengths; the first half of each is prompt."""
     ids = torch.randint(1, 1000, (batch, tokens), device=device)
     lengths = torch.randint(tokens // 4, tokens + 1, (batch, 1), device=device)
     index = torch.arange(tokens, device=device)
