@@ -53,7 +53,7 @@ class Known(NamedTuple):
 
 
 _DEAF = Known(
-    "edits train",
+    "edits train block_input attention_output mlp_output",
     "its tiny decoder has no cross-attention, so its encoder does not count; tests/test_sites.py edits one that has",
 )
 # By class or model_type.
