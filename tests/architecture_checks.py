@@ -21,6 +21,7 @@ from torch import nn
 
 from peft_reft import ReftConfig
 from peft_reft.layer import layers
+from peft_reft.layouts import first_tensor
 from peft_reft.stacks import block_lists, streams_of
 
 TASKS = {"causal": "CAUSAL_LM", "multimodal": "CAUSAL_LM", "sequence": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
@@ -188,6 +189,9 @@ class Checks:
                 batch = tokens(lengths, "left")
                 states = self._states(model, batch, field)
                 if states is None:
+                    # A block that is applied several times puts out what it does first before others see it.
+                    states = self._outputs(model, batch)
+                if states is None:
                     unseen.append(f"no {field}")
                     break
                 edited, plain = states
@@ -205,13 +209,27 @@ class Checks:
         return "; ".join(unseen) or None
 
     @torch.no_grad()
+    def _outputs(self, model: PeftModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What an edited block puts out first, edited and not, if that is `[batch, tokens, ...]`."""
+        pair, found = [], []
+        for layer in layers(model):
+            layer.host.register_forward_hook(lambda module, args, output: found.append(first_tensor(output)))
+        for context in (ExitStack(), model.disable_adapter()):
+            with context:
+                model(**self.subject.told(batch))
+            pair += found[:1]
+            found.clear()
+        fits = len(pair) == 2 and all(hidden.shape[:2] == batch["input_ids"].shape for hidden in pair)
+        return tuple(pair) if fits else None
+
+    @torch.no_grad()
     def _states(self, model: PeftModel, batch: dict, field: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         found = []
         for context in (ExitStack(), model.disable_adapter()):
-            with context:
+            with context, calls_of(model) as calls:
                 output = model(**self.subject.told(batch), output_hidden_states=True)
             states = getattr(output, field, None)
-            if not isinstance(states, (tuple, list)):
+            if not isinstance(states, (tuple, list)) or sum(calls.values()) > 1:
                 return None
             # PegasusX has its global tokens beside some.
             found.append([state[0] if isinstance(state, tuple) else state for state in states])
