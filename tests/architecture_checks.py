@@ -28,6 +28,8 @@ TASKS = {"causal": "CAUSAL_LM", "multimodal": "CAUSAL_LM", "sequence": "SEQ_2_SE
 COMPONENTS = ("block_input", "attention_output", "mlp_output")
 _OF_OTHERS = ("attach", "edits", "train", "tokens", "unload", "lora")
 _CLOSE = 1e-4
+# model_type -> which of several stacks: what Mimi's encoder hears becomes numbers of codes, which have no gradients.
+_CHOSEN = {"mimi": 1}
 _OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
 
 
@@ -56,8 +58,8 @@ class Checks:
         self.settings: dict[str, Any] = {}
         stacks = block_lists(self.model)
         if len({stack.owner[0] for stack in stacks}) > len(streams_of(self.model)):
-            # Asked to choose one: the one that is next to what is put out.
-            self.settings["layers_pattern"] = stacks[-1].name
+            # Asked to choose one.
+            self.settings["layers_pattern"] = stacks[_CHOSEN.get(self.model.config.model_type, 0)].name
 
     def all(self) -> dict[str, Callable[[], str | None]]:
         """Name of each check that this model is for -> the check, in the order in which they run."""

@@ -213,11 +213,12 @@ class Subject:
             yield {"pixel_values": torch.randn(2, frames, channels, *size)}
         if "pixel_values_videos" in self.parameters:
             yield {"pixel_values_videos": torch.randn(2, frames, channels, *size)}
-        if "grid_thw" in self.parameters:
+        grids = self.parameters & {"grid_thw", "image_grid_thw"} if "input_ids" not in self.parameters else ()
+        for grid_name in grids:
             name = "hidden_states" if "hidden_states" in self.parameters else "pixel_values"
             patch, frames = self._setting("patch_size", default=8), self._setting("temporal_patch_size", default=1)
             grid = torch.tensor([[1, 4, 4]] * 2)
-            yield {name: torch.randn(32, channels * frames * patch**2), "grid_thw": grid}
+            yield {name: torch.randn(32, channels * frames * patch**2), grid_name: grid}
         if "visual_feats" in self.parameters:
             yield {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
 
@@ -244,8 +245,9 @@ class Subject:
             yield {"input_values": torch.randn(2, self._setting("max_length", default=64), bins)}
         if "input_features" in self.parameters:
             for length in (2 * (self._setting("max_source_positions", default=16) or 16), 32, 64):
-                yield {"input_features": torch.randn(2, bins, length)}
-                yield {"input_features": torch.randn(2, length, bins)}
+                masks = {name: torch.ones(2, length).bool() for name in self.parameters & {"input_features_mask"}}
+                yield {"input_features": torch.randn(2, bins, length), **masks}
+                yield {"input_features": torch.randn(2, length, bins), **masks}
 
     def _steps(self) -> Iterator[dict[str, torch.Tensor]]:
         """What an agent saw, did and won."""
