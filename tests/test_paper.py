@@ -564,7 +564,7 @@ def test_results_of_a_glue_run(encoder, tmp_path, method):
         expected = (RESULTS - {"tasks"}) | {"picking_scores", "rows"}
         assert results.keys() == expected
         assert results["rows"] == {"picking": 20, "scoring": 20}
-        assert set(results["scores"]) == {"score", *suites.GLUE_TASKS[task].metrics}
+        assert set(results["scores"]) == {"score", "standard_error", *suites.GLUE_TASKS[task].metrics}
         assert results["head_parameters"] == head * suites.GLUE_TASKS[task].num_labels
     sst2 = both["tasks"]["sst2"]
     everything = sum(parameter.numel() for parameter in model.parameters())
