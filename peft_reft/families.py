@@ -83,6 +83,7 @@ _PLACEMENTS: dict[str, Callable[[PreTrainedConfig], Placement]] = {
     "layoutlmv2": lambda config: _TEXT_FIRST,
     "layoutlmv3": lambda config: _TEXT_FIRST,
 }
+_FRAMES = Placement(Elsewhere(), "the places of its decoder are frames of sound", inside=True)
 _POOLED = Placement(Elsewhere(), "it pools tokens between its first blocks and this one", inside=True)
 
 
@@ -142,6 +143,8 @@ def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placeme
         return streams
     if config.model_type == "funnel":
         return None if name.startswith("encoder.blocks.0.") else _POOLED
+    if config.model_type == "fastspeech2_conformer":
+        return _FRAMES if name.startswith("decoder.") else None
     placement = _PLACEMENTS.get(config.model_type)
     return None if placement is None else placement(config)
 

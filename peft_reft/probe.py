@@ -21,6 +21,8 @@ from peft_reft.layouts import first_tensor
 _BATCH = 2
 # Name of a module, side -> shape.
 Shapes = dict[tuple[str, str], tuple[int, ...]]
+# What was found before, in this process: further adapters ask the same of the same model.
+_found: dict[tuple[type, str, tuple[str, ...]], list[Shapes]] = {}
 
 
 def takes_places(model: PreTrainedModel) -> bool:
@@ -38,9 +40,12 @@ def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
     configured size, and for larger ones if the model takes them. Empty if the model does not run on the meta device.
     """
     try:
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config)).eval()
-        return list(_runs(twin, names))
+        key = (type(model), repr(model.config), tuple(names))
+        if key not in _found:
+            with torch.device("meta"):
+                twin = type(model)(copy.deepcopy(model.config)).eval()
+            _found[key] = list(_runs(twin, names))
+        return _found[key]
     except Exception:
         # Models whose code depends on values of tensors, or on packages that are not installed.
         return []

@@ -21,12 +21,15 @@ from torch import nn
 
 from peft_reft import ReftConfig
 from peft_reft.layer import layers
+from peft_reft.layouts import first_tensor
 from peft_reft.stacks import block_lists, streams_of
 
 TASKS = {"causal": "CAUSAL_LM", "multimodal": "CAUSAL_LM", "sequence": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
 COMPONENTS = ("block_input", "attention_output", "mlp_output")
 _OF_OTHERS = ("attach", "edits", "train", "tokens", "unload", "lora")
 _CLOSE = 1e-4
+# model_type -> which of several stacks: what Mimi's encoder hears becomes numbers of codes, which have no gradients.
+_CHOSEN = {"mimi": 1}
 _OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
 
 
@@ -55,8 +58,8 @@ class Checks:
         self.settings: dict[str, Any] = {}
         stacks = block_lists(self.model)
         if len({stack.owner[0] for stack in stacks}) > len(streams_of(self.model)):
-            # Asked to choose one: the one that is next to what is put out.
-            self.settings["layers_pattern"] = stacks[-1].name
+            # Asked to choose one.
+            self.settings["layers_pattern"] = stacks[_CHOSEN.get(self.model.config.model_type, 0)].name
 
     def all(self) -> dict[str, Callable[[], str | None]]:
         """Name of each check that this model is for -> the check, in the order in which they run."""
@@ -188,6 +191,9 @@ class Checks:
                 batch = tokens(lengths, "left")
                 states = self._states(model, batch, field)
                 if states is None:
+                    # A block that is applied several times puts out what it does first before others see it.
+                    states = self._outputs(model, batch)
+                if states is None:
                     unseen.append(f"no {field}")
                     break
                 edited, plain = states
@@ -205,15 +211,30 @@ class Checks:
         return "; ".join(unseen) or None
 
     @torch.no_grad()
+    def _outputs(self, model: PeftModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What an edited block puts out first, edited and not, if that is `[batch, tokens, ...]`."""
+        pair, found = [], []
+        for layer in layers(model):
+            layer.host.register_forward_hook(lambda module, args, output: found.append(first_tensor(output)))
+        for context in (ExitStack(), model.disable_adapter()):
+            with context:
+                model(**self.subject.told(batch))
+            pair += found[:1]
+            found.clear()
+        fits = len(pair) == 2 and all(hidden.shape[:2] == batch["input_ids"].shape for hidden in pair)
+        return tuple(pair) if fits else None
+
+    @torch.no_grad()
     def _states(self, model: PeftModel, batch: dict, field: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         found = []
         for context in (ExitStack(), model.disable_adapter()):
-            with context:
+            with context, calls_of(model) as calls:
                 output = model(**self.subject.told(batch), output_hidden_states=True)
             states = getattr(output, field, None)
-            if not isinstance(states, (tuple, list)):
+            if not isinstance(states, (tuple, list)) or sum(calls.values()) > 1:
                 return None
-            found.append(states)
+            # PegasusX has its global tokens beside some.
+            found.append([state[0] if isinstance(state, tuple) else state for state in states])
         # Models differ in whether the embeddings are among them.
         pairs = [(edited, plain) for edited, plain in zip(*found, strict=True) if edited is not None]
         changed = [(edited, plain) for edited, plain in pairs if not torch.equal(edited, plain)]

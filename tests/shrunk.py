@@ -117,6 +117,7 @@ _GEMMA4 = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 128}
 _DBRX = DbrxAttentionConfig(kv_n_heads=2, clip_qkv=8)
 _DBRX.rope_theta = 10000.0
 _SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "image_size": 32, "patch_size": 2}
+_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 _CONVOLUTIONS = {"conv_kernel": [3, 3, 3]}
 # What families need beyond that: model_type -> fields.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -178,6 +179,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4v_text": {"rope_parameters": _MROPE},
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
     "glm_ocr_text": {"rope_parameters": _MROPE},
+    "glm_image_text": {"rope_parameters": _MROPE},
+    "efficientnet": {"hidden_dim": 2560},
+    "mimi_decoder": {"upsample_groups": HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "apertus1p5": {"image_token_offset": 128, "audio_token_offset": 256, "text_config": {"vocab_size": 512}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "qformer_config": {"model_type": "blip_2_qformer"}},
@@ -208,6 +212,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "d_latents": HIDDEN,
         "num_self_attends_per_block": 2,
     },
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
     "hubert": _CONVOLUTIONS,
     "wavlm": _CONVOLUTIONS,
     "unispeech": _CONVOLUTIONS,

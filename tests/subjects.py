@@ -189,8 +189,10 @@ class Subject:
             yield from ({**text, **decoder, **types}, {**text, **decoder})
             if "bbox" in self.parameters:
                 yield {**text, **decoder, "bbox": torch.zeros(2, 8, 4, dtype=torch.long)}
-        for others in (*self._images(), *self._sounds(), *self._series()):
-            yield from ({**text, **decoder, **others}, {**decoder, **others})
+        for others in (*self._images(), *self._sounds(), *self._series(), *self._steps()):
+            calls = ({**text, **decoder, **others}, {**decoder, **others})
+            # A mask without token ids is one of places, of which there may be more.
+            yield from calls if "input_ids" in text else reversed(calls)
         if "input_ids" in self.parameters:
             yield from ({**text, **decoder, "use_cache": False}, {"input_ids": ids})
             codebooks = self._setting("num_codebooks", default=1)
@@ -211,6 +213,12 @@ class Subject:
             yield {"pixel_values": torch.randn(2, frames, channels, *size)}
         if "pixel_values_videos" in self.parameters:
             yield {"pixel_values_videos": torch.randn(2, frames, channels, *size)}
+        grids = self.parameters & {"grid_thw", "image_grid_thw"} if "input_ids" not in self.parameters else ()
+        for grid_name in grids:
+            name = "hidden_states" if "hidden_states" in self.parameters else "pixel_values"
+            patch, frames = self._setting("patch_size", default=8), self._setting("temporal_patch_size", default=1)
+            grid = torch.tensor([[1, 4, 4]] * 2)
+            yield {name: torch.randn(32, channels * frames * patch**2), grid_name: grid}
         if "visual_feats" in self.parameters:
             yield {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
 
@@ -237,23 +245,31 @@ class Subject:
             yield {"input_values": torch.randn(2, self._setting("max_length", default=64), bins)}
         if "input_features" in self.parameters:
             for length in (2 * (self._setting("max_source_positions", default=16) or 16), 32, 64):
-                yield {"input_features": torch.randn(2, bins, length)}
-                yield {"input_features": torch.randn(2, length, bins)}
+                masks = {name: torch.ones(2, length).bool() for name in self.parameters & {"input_features_mask"}}
+                yield {"input_features": torch.randn(2, bins, length), **masks}
+                yield {"input_features": torch.randn(2, length, bins), **masks}
+
+    def _steps(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What an agent saw, did and won."""
+        if "returns_to_go" in self.parameters:
+            states, actions = (torch.randn(2, 8, self._setting(name, default=4)) for name in ("state_dim", "act_dim"))
+            won = {"rewards": torch.randn(2, 8, 1), "returns_to_go": torch.randn(2, 8, 1)}
+            steps = {"timesteps": torch.arange(8).expand(2, -1), "attention_mask": torch.ones(2, 8)}
+            yield {"states": states, "actions": actions, **won, **steps}
 
     def _series(self) -> Iterator[dict[str, torch.Tensor]]:
         if "past_values" not in self.parameters:
             return
+        features = self._setting("num_time_features", default=0)
         length, ahead = self._setting("context_length", default=32), self._setting("prediction_length", default=8) or 8
         past = length + max(self._setting("lags_sequence", default=[0]) or [0])
-        yield {
-            name: value
-            for name, value in {
+        for count in (1, features):
+            told = {
                 "past_values": torch.randn(2, past),
-                "past_time_features": torch.randn(2, past, 1),
+                "past_time_features": torch.randn(2, past, count),
                 "past_observed_mask": torch.ones(2, past),
                 "future_values": torch.randn(2, ahead),
-                "future_time_features": torch.randn(2, ahead, 1),
-            }.items()
-            if name in self.parameters
-        }
+                "future_time_features": torch.randn(2, ahead, count),
+            }
+            yield {name: value for name, value in told.items() if name in self.parameters}
         yield {"past_values": torch.randn(2, length, self._setting("num_input_channels", default=1) or 1)}

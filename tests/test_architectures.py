@@ -217,6 +217,17 @@ def test_each_block_has_its_own_width_known_when_attaching(name, widths):
     assert [site.features for site in sites] == widths
 
 
+def test_a_second_adapter_needs_no_second_pass_without_numbers(monkeypatch):
+    model, config = on_meta("PvtModel"), ReftConfig(positions="all", r=2)
+    first = find_sites(model, config)
+    monkeypatch.setattr("peft_reft.probe._runs", None)
+    assert find_sites(model, config) == first
+    other = on_meta("PvtModel")
+    other.config.hidden_sizes = [32, 64, 160, 256]
+    with pytest.raises(ValueError, match="cannot be told"):
+        find_sites(other, config)
+
+
 def test_each_part_of_a_vision_block_has_its_own_width():
     sites = find_sites(on_meta("LevitModel"), ReftConfig(positions="all", r=2, component="attention_output"))
     # All stages but the last make the grid smaller, and the features more, behind their first attention.

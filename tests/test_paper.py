@@ -564,7 +564,7 @@ def test_results_of_a_glue_run(encoder, tmp_path, method):
         expected = (RESULTS - {"tasks"}) | {"picking_scores", "rows"}
         assert results.keys() == expected
         assert results["rows"] == {"picking": 20, "scoring": 20}
-        assert set(results["scores"]) == {"score", *suites.GLUE_TASKS[task].metrics}
+        assert set(results["scores"]) == {"score", "standard_error", *suites.GLUE_TASKS[task].metrics}
         assert results["head_parameters"] == head * suites.GLUE_TASKS[task].num_labels
     sst2 = both["tasks"]["sst2"]
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -776,7 +776,7 @@ def test_log_likelihoods_are_those_of_each_answer_alone(decoder, positions):
     prompts = [words(number) for number in range(5)]
     # Of one token, so that answers share a pass, and of several.
     answers = [["w9", "w10"], ["w9 w10 w11", "w7"], ["w6", "w7"], ["w8 w9", "w9 w8"], ["w12"]]
-    found = choices.log_likelihoods(model, tokenizer, prompts, answers, 3, 64)
+    found = choices.log_likelihoods(model, tokenizer, prompts, answers, 3)
     for prompt, texts, values in zip(prompts, answers, found, strict=True):
         for text, value in zip(texts, values, strict=True):
             start, tokens = (tokenizer(part)["input_ids"] for part in (prompt, f"{prompt} {text}"))

@@ -113,21 +113,19 @@ def log_likelihoods(
     prompts: Sequence[str],
     choices: Sequence[Sequence[str]],
     batch_size: int,
-    max_length: int,
     title: str = "",
 ) -> list[list[float]]:
     """Log-probability of each answer, after its prompt and a space.
 
-    As in the harness, prompts that are too long are cut from the left, and the last token of an answer is not passed
-    through the model. So answers of one token share one pass.
+    As in the harness, the last token of an answer is not passed through the model: answers of one token share one pass.
+    Nothing is cut.
     """
     requests: dict[tuple[tuple[int, ...], int], list[tuple[int, int, list[int]]]] = {}
     for row, (prompt, answers) in enumerate(zip(prompts, choices, strict=True)):
         start = tokenizer(prompt)["input_ids"]
         for number, answer in enumerate(answers):
             tokens = tokenizer(f"{prompt} {answer}")["input_ids"]
-            cut = max(0, len(tokens) - max_length - 1)
-            key = tuple(tokens[cut:-1]), len(start) - cut
+            key = tuple(tokens[:-1]), len(start)
             requests.setdefault(key, []).append((row, number, tokens[len(start) :]))
     scores = [[0.0] * len(answers) for answers in choices]
     order = sorted(requests, key=lambda request: -len(request[0]))

@@ -51,7 +51,7 @@ class LikelihoodRun(GenerationRun):
         choices, gold = [self.suite.choices(row) for row in rows], [self.suite.gold(row) for row in rows]
         found = log_likelihoods(
             *(model, self.tokenizer, [self.suite.prompt(row) for row in rows], choices),
-            *(self.training.per_device_eval_batch_size, self.training.max_length, task),
+            *(self.training.per_device_eval_batch_size, task),
         )
         return accuracy(found, gold, choices) | {
             "majority": majority([str(answer) for answer in gold]),

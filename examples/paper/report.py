@@ -151,7 +151,7 @@ def table(task: str, methods: list[Method]) -> str:
     ]
     if "tasks" in methods[0].best:
         lines += ["", *_task_table(methods)]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _header(columns: Sequence[str]) -> tuple[str, str]:
@@ -274,9 +274,10 @@ def draw_curves(axis: Axes, task: str, methods: list[Method]) -> None:
 
 
 def plot(tasks: dict[str, list[Method]], file: Path, draw: Callable[[Axes, str, list[Method]], None]) -> None:
-    """A picture with one panel for each task, at most three in a row."""
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
+    """A picture with one panel for each task with a trained method, at most three in a row."""
+    tasks = {task: methods for task, methods in tasks.items() if any(method.parameters for method in methods)}
+    columns = max(1, min(3, len(tasks)))
+    rows = max(1, -(-len(tasks) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 5.6 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
