@@ -74,11 +74,9 @@ KNOWN: dict[str, Known] = {
     "encodec": Known(
         "attach", "its convolutions stand in one flat list, without blocks; modules are named in target_modules"
     ),
+    "univnet": Known("attach", "nothing tells the widths of its blocks, and LoRA finds nothing to adapt in them"),
     "fastspeech2_conformer": Known(
         "train block_input attention_output mlp_output", "it is trained with all labels only, which the sweep has not"
-    ),
-    "dots3_note": Known(
-        "whole", "its smallest configuration has 76 million parameters, too many for the time of one class"
     ),
 }
 
