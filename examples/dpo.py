@@ -125,7 +125,7 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[
 
 
 def default_model() -> str:
-    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    """The bundled model, if this script is in its repository; otherwise the same model from the hub."""
     try:
         from smollm2 import smollm2_folder
     except ImportError:

@@ -3,9 +3,9 @@
     python examples/grpo.py                                  # the bundled model and prompts, offline
     python examples/grpo.py --max_steps 30 --beta 0.02       # GRPOConfig's and ReFT's flags
     python examples/grpo.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/tldr
-    python examples/grpo.py --use_vllm                       # vLLM generates, with the adapter as it is at each step
+    python examples/grpo.py --use_vllm                       # vLLM generates, with the current adapter at each step
 
-The model generates its own completions; an edit lands on the same tokens then and in training. All flags: --help.
+The model generates its own completions; generation and training edit the same tokens. All flags: --help.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, messages: list[
 
 
 def default_model() -> str:
-    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    """The bundled model, if this script is in its repository; otherwise the same model from the hub."""
     try:
         from smollm2 import smollm2_folder
     except ImportError:

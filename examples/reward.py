@@ -4,8 +4,8 @@
     python examples/reward.py --reft_positions l1 --reft_r 16   # RewardConfig's and ReFT's flags
     python examples/reward.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/ultrafeedback_binarized
 
-The head is trained whole and saved with the adapter (modules_to_save); a classifier has no answer to keep apart, so the
-whole conversation counts as prompt. All flags: --help.
+The whole head is trained and saved with the adapter (modules_to_save). A classifier generates no answer, so the whole
+conversation counts as prompt. All flags: --help.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def default_model() -> str:
-    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    """The bundled model, if this script is in its repository; otherwise the same model from the hub."""
     try:
         from smollm2 import smollm2_folder
     except ImportError:

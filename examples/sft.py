@@ -1,4 +1,4 @@
-"""Supervised finetuning with TRL's SFTTrainer: LoReFT teaches a chat model to read orders into JSON.
+"""Supervised finetuning with TRL's SFTTrainer: LoReFT teaches a chat model to turn orders into JSON.
 
     python examples/sft.py                                             # the bundled model and data, offline
     python examples/sft.py --reft_positions l3 --reft_r 8 --packing    # SFTConfig's and ReFT's flags
@@ -6,7 +6,7 @@
         --assistant_only_loss --max_length 1024                        # any model, any dataset of the hub
 
 The data needs a prompt: prompt/completion rows, or conversations with --assistant_only_loss. `--reft_positions all`
-goes without. All flags: --help.
+needs none. All flags: --help.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def show(trainer: SFTTrainer, rows: Dataset) -> None:
-    """Ask the base model and the adapted one a few questions of the data, and compare with the answers there."""
+    """Ask the base model and the adapted one a few questions from the data, and compare with the data's answers."""
     model, tokenizer, right = trainer.model, trainer.processing_class, [0, 0]
     conversations = [conversation(row) for row in rows.take(8)]
     for messages, expected in conversations:
@@ -108,7 +108,7 @@ def show(trainer: SFTTrainer, rows: Dataset) -> None:
         right = [count + (text == expected) for count, text in zip(right, answers, strict=True)]
         print(f"\n> {messages[-1]['content']}\n  base model:   {answers[0]}\n  with adapter: {answers[1]}")
     counts = f"base model {right[0]}, with adapter {right[1]} of {len(conversations)}"
-    print(f"\nExactly the answer of the data: {counts}")
+    print(f"\nExact matches with the data's answers: {counts}")
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def conversation(row: dict) -> tuple[list[dict], str]:
 
 
 def default_model() -> str:
-    """The bundled model, where this script lies in its repository; elsewhere the same one from the hub."""
+    """The bundled model, if this script is in its repository; otherwise the same model from the hub."""
     try:
         from smollm2 import smollm2_folder
     except ImportError:

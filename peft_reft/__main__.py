@@ -10,9 +10,9 @@ _USAGE = """usage: peft-reft COMMAND ...
 
   run PROGRAM [ARGUMENTS...]    run a program that loads adapters itself, with ReFT registered: lm_eval, trl, a script
   convert SRC DST [OPTIONS...]  convert an adapter of pyreft or of AdapterHub's adapters into a PEFT adapter
-  show ADAPTER [TEXT]           tell what a saved adapter is, and which tokens of a text it edits
+  show ADAPTER [TEXT]           print a summary of a saved adapter, and the tokens of a text that it edits
 
-peft-reft COMMAND --help says more.
+See peft-reft COMMAND --help.
 """
 
 

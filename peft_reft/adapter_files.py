@@ -1,4 +1,4 @@
-"""Looks at an adapter's folder before PEFT loads it, and says what is wrong: which file, which option."""
+"""Checks an adapter's folder before PEFT loads it, and names the file or option that is wrong."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peft_reft.config import ReftConfig
 from peft_reft.tokens.positions import parse
 
 _CHECKED = "_checks_reft_adapters"
-# Options that decide what weights mean; a loaded adapter of the same name must agree on them.
+# Options that the meaning of the weights depends on; a loaded adapter of the same name must have the same.
 _MEANING = ("intervention", "r", "share_weights", "act_fn", "use_bias", "subspaces")
 
 
 def check_adapters_before_loading() -> None:
-    """Have `PeftModel.load_adapter` (and so `from_pretrained`) look at ReFT adapters first. Mutates the class, once."""
+    """Have `PeftModel.load_adapter` (and so `from_pretrained`) check ReFT adapters first. Mutates the class, once."""
     if not hasattr(PeftModel.load_adapter, _CHECKED):
         PeftModel.load_adapter = _checking(PeftModel.load_adapter)
 
@@ -67,12 +67,12 @@ def _check_file(folder: Path) -> None:
     except SafetensorError as error:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is broken: {error}. Copy or download it again; a file of about a "
-            "hundred bytes may be a pointer of git-lfs."
+            "hundred bytes may be a git-lfs pointer."
         ) from error
 
 
 def _check_same_options(existing: Any, options: Mapping[str, Any], adapter_name: str, folder: Path) -> None:
-    """Refuse weights for an adapter that exists and would give them another meaning: PEFT keeps its options."""
+    """Raise a ValueError if an adapter of this name has other options: PEFT would keep them with the new weights."""
     if not isinstance(existing, ReftConfig):
         return
     stored = {name: options[name] for name in _MEANING if name in options}

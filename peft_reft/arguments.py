@@ -10,13 +10,13 @@ from peft_reft.config import ReftConfig
 
 @dataclass
 class ReftArguments:
-    """Flags for TRL's `TrlParser` or Transformers' `HfArgumentParser`, as `lora_...` are in TRL's `ModelConfig`.
+    """Flags for TRL's `TrlParser` or Transformers' `HfArgumentParser`, like `lora_...` in TRL's `ModelConfig`.
 
         parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, ReftArguments))
         script_args, training_args, model_args, reft_args = parser.parse_args_and_config()
         trainer = SFTTrainer(..., peft_config=reft_args.config(task_type="CAUSAL_LM"))
 
-    Each is the option of `ReftConfig` without the prefix; `reft_layers` is `layers_to_transform`.
+    Each flag sets the option of `ReftConfig` with the name after the prefix; `reft_layers` sets `layers_to_transform`.
     """
 
     reft_r: int = field(default=8, metadata={"help": "Rank: the dimension of the subspace that is edited."})
@@ -44,7 +44,14 @@ class ReftArguments:
     reft_use_bias: bool = field(default=True, metadata={"help": "Whether the method has a b."})
 
     def config(self, **options: Any) -> ReftConfig:
-        """The configuration of an adapter; `options` are further ones of `ReftConfig`, such as `task_type`."""
+        """The configuration of an adapter.
+
+        Args:
+            options: further options of `ReftConfig`, such as `task_type`; they override the flags.
+
+        Raises:
+            ValueError: see [`ReftConfig`].
+        """
         given = {name.removeprefix("reft_"): value for name, value in vars(self).items()}
         given["layers_to_transform"] = given.pop("layers")
         return ReftConfig(**{name: value for name, value in given.items() if value is not None} | options)

@@ -1,4 +1,4 @@
-"""Attaches entries to a model, and takes them off again."""
+"""Attaches entries to a model, and removes them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from peft_reft.tracker import Entry, Tracker
 
 
 def tracker_of(model: nn.Module) -> Tracker | None:
-    """The tracker of a model that has ReFT layers, or of one inside it; None where there is none.
+    """The tracker of a model that has ReFT layers, or of a model inside it; None if there is none.
 
-    It lives in entries and layers alone: Transformers drops the tuner object that injected an adapter.
+    Only entries and layers hold it, because Transformers drops the tuner object that injected an adapter.
     """
     entry = next((entry for part in modules_around(model) if (entry := Entry.of(part)) is not None), None)
     return None if entry is None else entry.tracker
@@ -29,17 +29,17 @@ def tracker_of(model: nn.Module) -> Tracker | None:
 
 @contextmanager
 def prompt_mask_of(model: nn.Module, prompt_mask: torch.Tensor) -> Iterator[None]:
-    """Tell a model's passes their prompt, around code that cannot be given `prompt_mask`: evaluation, trainers.
+    """Set the prompt of a model's passes, around code that cannot pass `prompt_mask`, such as evaluation and trainers.
 
-    While it lasts, every pass of this thread has this prompt unless it is given one of its own. Inside `generate` it is
-    the prompt of the call.
+    Within the `with` block, every pass of this thread has this prompt unless it gets its own `prompt_mask`. In a call
+    of `generate` it is the prompt of the call.
 
     Args:
         model: a PEFT model with ReFT adapters, a model that they were injected into, or a module around one.
-        prompt_mask: bool or 0/1 integers, `[batch, tokens]`, as `forward` takes it.
+        prompt_mask: bool or 0/1 integers `[batch, tokens]`, True on the prompt, as in `forward`.
 
     Raises:
-        ValueError: the model has no ReFT adapter; or, from a pass, the mask has another shape than the pass.
+        ValueError: the model has no ReFT adapter. Passes raise it if the shape of the mask does not match.
     """
     tracker = tracker_of(model)
     if tracker is None:
@@ -51,7 +51,7 @@ def prompt_mask_of(model: nn.Module, prompt_mask: torch.Tensor) -> Iterator[None
 def track(model: nn.Module) -> Tracker:
     """Attach entries to a model, and keep its 4-bit layers differentiable. Mutates the model; `untrack` undoes it."""
     if "torch._dynamo" in sys.modules:
-        # Graphs that were compiled before would go on without hooks, which nothing guards.
+        # Graphs compiled earlier would keep running without hooks: no guard checks for them.
         sys.modules["torch._dynamo"].reset()
     forbid_packing(model)
     tracker = Tracker()
@@ -68,7 +68,7 @@ def track(model: nn.Module) -> Tracker:
 
 
 def _parts(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """The parts of a model, itself not, that hold a stack of blocks -> the streams of their blocks."""
+    """The submodules of a model that hold a stack of blocks -> the streams of their blocks."""
     streams: dict[nn.Module, tuple[str, ...]] = {}
     for block_list in block_lists(model):
         parts = block_list.name.split(".")
@@ -81,7 +81,7 @@ def _parts(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def untrack(model: nn.Module) -> None:
-    """Take off what `track` put on a model."""
+    """Remove everything that `track` attached to a model."""
     for module in model.modules():
         entry = Entry.of(module)
         if entry is not None:

@@ -1,4 +1,4 @@
-"""Differentiable steps that keep less for the backward pass than their parts would, or need fewer passes over it."""
+"""Differentiable steps with their own backward passes, which keep fewer tensors or take fewer operations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 # [..., k] -> [..., k'], elementwise or a choice of columns
 Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
-# One pass of Cholesky leaves rows orthonormal to float32's precision as long as each has this part of its length left,
-# once what the rows before it span is taken out.
+# One Cholesky pass gives rows that are orthonormal to float32's precision if each row keeps this fraction of its length
+# after the projection onto the rows before it is removed.
 _CLEAR = 3e-4
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which operations keep the dtypes of their arguments."""
-    # Entering the context takes longer than asking whether there is a need to.
+    # Entering the context takes longer than checking whether it is needed.
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -32,8 +32,8 @@ def add_low_rank(
 ) -> torch.Tensor:
     """`hidden + elementwise(hidden @ right.T + shift) @ left`.
 
-    The gradients need a copy of the hidden representations. When what comes next keeps the result for its own
-    gradients anyway, as the norm at the start of a block does, then keeping that one costs nothing.
+    The gradients need the hidden representations before or after the edit. If the next operation keeps the result for
+    its own gradients anyway, like the norm at the start of a block, keeping the result costs no memory.
 
     Args:
         hidden: `[..., d]`, any floating point dtype.
@@ -41,7 +41,7 @@ def add_low_rank(
         right: `[k, d]`, or None for zero.
         shift: `[k]`.
         elementwise: None for the identity.
-        keep_output: keep the result for the backward pass, else `hidden`.
+        keep_output: whether to keep the result for the backward pass, rather than `hidden`.
 
     Returns:
         `[..., d]`, dtype of `hidden`.
@@ -49,7 +49,7 @@ def add_low_rank(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, left, right, shift)
     )
-    # A trace cannot record what the step takes beside its arguments.
+    # A trace cannot record what the step uses besides its tensor arguments.
     if wants_grad and not torch.jit.is_tracing():
         return _AddLowRank.apply(hidden, left, right, shift, elementwise, keep_output)
     return _add_low_rank(hidden, left, right, shift, elementwise)[0]
@@ -62,7 +62,7 @@ def _add_low_rank(
     shift: torch.Tensor,
     elementwise: Elementwise | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The result, `hidden @ right.T + shift`, and what `elementwise` makes of that; as rows `[n, k]` and `[n, k']`."""
+    """The result; `hidden @ right.T + shift` `[n, k]`; and `elementwise` of that, `[n, k']`; for the `n` rows."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     precise = rows.to(left.dtype)
     inner = shift.expand(len(rows), -1) if right is None else torch.addmm(shift, precise, right.mT)
@@ -111,7 +111,7 @@ class _AddLowRank(torch.autograd.Function):
             if wants_right:
                 grad_right = grad_inner.mT @ kept.reshape(-1, kept.shape[-1]).to(left.dtype)
                 if ctx.keep_output:
-                    # What was kept is the sum of `hidden` and the edit.
+                    # The kept tensor is the sum of `hidden` and the edit.
                     grad_right = torch.addmm(grad_right, grad_inner.mT @ target, left, alpha=-1)
             grad_hidden = grad
             if right is not None and wants_hidden:
@@ -134,14 +134,14 @@ def _grad_applied(
 def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
     """Gram-Schmidt on the rows of each matrix, first row first, by a Cholesky factor of their Gram matrix.
 
-    A row that is zero, or of which less than some 1e-7 is left once what the rows before it span is taken out, has no
-    direction of its own: it becomes an arbitrary row that is orthogonal to the others, and its gradient is zero.
+    A row has no direction of its own if it is zero, or if about 1e-7 of its length or less remains after the projection
+    onto the rows before it is removed. It becomes an arbitrary row orthogonal to the others, and its gradient is zero.
 
     Args:
         matrix: floating point, finite, `[..., r, d]` with `r <= d`.
 
     Returns:
-        `[..., r, d]`, orthonormal rows whose span has that of `matrix` in it, same dtype as `matrix`.
+        `[..., r, d]`, orthonormal rows whose span contains the span of `matrix`, same dtype as `matrix`.
     """
     if torch.jit.is_tracing():
         return _gram_schmidt_twice(matrix.double())[0].to(matrix.dtype)
@@ -149,7 +149,7 @@ def orthonormal_rows(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class _GramSchmidt(torch.autograd.Function):
-    """`X` -> the orthonormal rows `R` and the lower triangle `L` with `X = L R`. These two are kept for backward.
+    """`X` -> the orthonormal rows `R` and the lower triangle `L` with `X = L R`, which are kept for the backward pass.
 
     With `G` the gradient of `R`, and `S` the symmetric matrix that has the lower triangle of `G R^T`, the gradient of
     `X` is `L^-T (G - S R)`: 7 operations where automatic differentiation takes 28.
@@ -157,8 +157,8 @@ class _GramSchmidt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The Gram matrix squares the condition number, which double precision absorbs. MPS has none; its memory is the
-        # CPU's.
+        # The Gram matrix squares the condition number, which float64 absorbs. MPS lacks float64, but shares the CPU's
+        # memory.
         there = "cpu" if matrix.device.type == "mps" else matrix.device
         wide = matrix.to(there).double()
         rows, triangle = (made.to(matrix.dtype).to(matrix.device) for made in _gram_schmidt(wide))
@@ -181,10 +181,10 @@ class _GramSchmidt(torch.autograd.Function):
 
 def _gram_schmidt(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The orthonormal rows and the triangle of a float64 matrix; inf on its diagonal for rows that are arbitrary."""
-    # Looking at a pivot is free on a CPU. A GPU would have to wait for it, and a graph cannot branch on it.
+    # Reading a pivot is free on a CPU. On a GPU it would synchronize, and a graph cannot branch on it.
     if matrix.device.type == "cpu" and not torch.compiler.is_compiling():
         gram = matrix @ matrix.mT
-        # Rows of very different length do no harm: Cholesky's errors are relative to each row. Where it fails, it
+        # Rows of very different lengths are harmless: Cholesky's errors are relative to each row. If it fails, it
         # leaves a pivot that is not positive.
         triangle, _ = torch.linalg.cholesky_ex(gram)
         if (_diagonal(triangle) > _CLEAR * _diagonal(gram).sqrt()).all():
@@ -193,17 +193,17 @@ def _gram_schmidt(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gram_schmidt_twice(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for any rows: shifted CholeskyQR2 (Fukaya et al. 2020), with a fixed direction where a row has none."""
+    """`_gram_schmidt` for any rows: shifted CholeskyQR2 (Fukaya et al. 2020); rows without a direction become fixed."""
     rank, features = matrix.shape[-2:]
     gram = matrix @ matrix.mT
-    # Larger than what rounding takes from a pivot, so that Cholesky succeeds; the constant is for rows of zeros.
+    # Larger than the rounding error of a pivot, so that Cholesky succeeds; the constant is for rows of zeros.
     shift = 4 * (rank + features**0.5) * torch.finfo(matrix.dtype).eps
     _diagonal(gram).mul_(1 + shift).add_(1e-150)
     first, _ = torch.linalg.cholesky_ex(gram)
     rows = torch.linalg.solve_triangular(first, matrix, upper=False)
-    # What a row lacks to length one is the shift's part in it: a little is for the second pass to mend.
+    # The shift makes a row shorter than one: the second pass corrects a little of that.
     lost = torch.linalg.vector_norm(rows, dim=-1) < 0.85
-    # Shifted by one from row to row, squares in a cosine are as good as random, and the same every time.
+    # Cosines of squares, shifted by one from row to row: as independent as random rows, but deterministic.
     wave = torch.arange(rank + features, dtype=matrix.dtype, device=matrix.device).square().cos()
     rows = torch.where(lost.unsqueeze(-1), wave.unfold(0, features, 1)[:rank], rows)
     second, _ = torch.linalg.cholesky_ex(rows @ rows.mT)

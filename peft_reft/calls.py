@@ -1,4 +1,4 @@
-"""Says once which sites a model does not call, although it is asked to edit them."""
+"""Warns once of sites that an adapter edits but the model never calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_reft.tokens.passes import Pass, Untold
 
 _NEVER_CALLED = (
     "{0} did not call {1} in this pass, so the ReFT adapters there have no effect: the model skips these modules, "
-    "calls their forward or uses their weights. Choose other modules with target_modules. This is said once."
+    "calls their forward or uses their weights. Choose other modules with target_modules. This warning appears once."
 )
 _PAST_THE_HEAD = (
     "The loss was computed without a call of {0}, so the ReFT adapter there is not trained: fused heads (TRL's SFT, "
@@ -22,7 +22,7 @@ _PAST_THE_HEAD = (
 
 
 def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The ReFT layers of a model, together where sites of one class differ in numbers only, as experts do."""
+    """The ReFT layers of a model, grouped where their sites differ only in numbers, as for experts and blocks."""
     groups: dict[str, list[nn.Module]] = {}
     for layer in modules_around(model):
         if hasattr(layer, "site_name"):
@@ -32,10 +32,15 @@ def groups_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def say_uncalled(model: nn.Module, pass_: Pass, uncalled: dict[str, list[nn.Module]]) -> None:
-    """Warn of groups of layers that a pass through `model` did not call; take what is settled out of `uncalled`.
+    """Warn of groups of layers that a pass through `model` did not call. Removes the groups that are settled.
+
+    Args:
+        model: the model.
+        pass_: a pass that has ended.
+        uncalled: the groups that no pass has called yet, changed in place.
 
     Raises:
-        ValueError: the model trains past a site at its output embeddings.
+        ValueError: the model computes a loss from the weight of an edited output embedding without calling it.
     """
     for group, layers in list(uncalled.items()):
         if pass_.called.isdisjoint(layers):

@@ -1,4 +1,4 @@
-"""The text in a model card that says how to load an adapter; once PEFT knows the method, nobody needs it."""
+"""The text in a model card that says how to load an adapter. PEFT without this package cannot load it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _HEADING = "## How to load this ReFT adapter"
 _TEXT = """{heading}
 
 The adapter was trained with `peft_reft` (`pip install peft-reft`, or `pip install .` in a checkout), which adds ReFT to
-PEFT when it is imported. Without the import PEFT fails with `KeyError: 'REFT'`. Programs that load adapters themselves
-are run with it by `python -m peft_reft.run PROGRAM ARGUMENTS...`
+PEFT when it is imported. Without the import PEFT fails with `KeyError: 'REFT'`. To use a program that loads adapters
+itself, run it with `python -m peft_reft.run PROGRAM ARGUMENTS...`
 
 ```python
 import peft_reft  # registers ReFT with PEFT
@@ -45,8 +45,8 @@ def with_loading_text(folder: Path, config: PeftConfig) -> ModelCard | None:
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(
-            f"{path} is no model card that can be read ({reason}), so it stays as it is. The adapter is saved; to load "
-            "it, `import peft_reft` first. Move the file away and save again to get a card that says so.",
+            f"{path} is no model card that can be read ({reason}), so it is left unchanged. The adapter is saved; to "
+            "load it, `import peft_reft` first. Move the file away and save again to get a card that says so.",
             stacklevel=4,
         )
         return None
@@ -55,7 +55,7 @@ def with_loading_text(folder: Path, config: PeftConfig) -> ModelCard | None:
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "reft", "peft_reft"})
     if _HEADING not in card.text:
         text = _TEXT.format(heading=_HEADING, loader=_LOADERS.get(config.task_type, "AutoPeftModel"))
-        # Above PEFT's template, which is 200 lines to be filled in.
+        # Above PEFT's template, 200 lines of blanks to fill in.
         title, heading, rest = card.text.partition("\n## ")
         card.text = f"{title.rstrip()}\n\n{text}{heading}{rest}".rstrip() + "\n"
     return card

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_reft.modules import named_base_modules
 
-# What of a module is edited.
+# Sides of a module that can be edited.
 OUTPUT, INPUT = "output", "input"
 # Streams of tokens: an encoder-decoder model has both, any other model only the first.
 DECODER, ENCODER = "decoder", "encoder"
@@ -34,15 +34,15 @@ _MLP_PROJECTIONS = (
     "w2",
     "ffn_output",
 )
-# Parts of the names of modules without a single last projection.
+# Name parts of MLPs that may lack a single last projection.
 _MLPS = ("mlp", "ffn", "feed_forward", "moe")
 _ADDS_UP = "it adds up the outputs of several MLPs, so that no module puts out the sum"
-# Of names of what stands before or behind an MLP: hyper-connections, convolutions, norms.
+# Name parts of modules before or after an MLP: hyper-connections, convolutions, norms.
 _BESIDE_MLPS = "hyper|_hc$|conv|norm"
 
 
 class Part(NamedTuple):
-    """A component of a block: the module's dotted name in the block, the module, and which side of it is edited."""
+    """A component of a block: the module's dotted name in the block, the module, and the side that is edited."""
 
     name: str
     module: nn.Module
@@ -106,7 +106,7 @@ def _mlp(block: nn.Module) -> Part | str:
     if bare or any(_has_experts(part.module) for part in whole):
         return whole[0] if len(whole) == 1 and not bare else _ADDS_UP
     if any(part.name.endswith(f"_{other.name}") for part in whole for other in whole):
-        # One for the tokens of text, another for those of sound (Higgs Audio).
+        # One for text tokens, another for audio tokens (Higgs Audio).
         return _ADDS_UP
     found = [
         Part(name, module)
@@ -115,11 +115,13 @@ def _mlp(block: nn.Module) -> Part | str:
     ]
     if found:
         return found[-1]
-    return whole[0] if len(whole) == 1 else "no MLP was found in it"
+    if len(whole) > 1:
+        return f"it has several MLPs ({', '.join(part.name for part in whole)})"
+    return whole[0] if whole else "no MLP was found in it"
 
 
 def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:
-    """The outermost of some modules that are MLPs: called so, or with experts in them."""
+    """The outermost of some modules that are MLPs, by their names or because they hold experts."""
     inside: tuple[str, ...] = ()
     holders = {name.rpartition(".")[0] for name, _ in modules if name.rpartition(".")[2] == "experts"}
     for name, module in modules:

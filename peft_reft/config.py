@@ -1,4 +1,4 @@
-"""What a user asks for; every invalid value is refused here, by name."""
+"""The configuration of an adapter. Every invalid value raises an error here that names it."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class ReftConfig(PeftConfig):
         layers_pattern (`Union[List[str], str]`):
             Restricts the layers to the stacks of blocks whose name ends so, for instance `"encoder.layers"`.
         component (`Union[List[str], str]`):
-            What is edited in a layer: `"block_output"` and `"block_input"`, the residual stream behind and before the
-            block, `"attention_output"` and `"mlp_output"`, what the last projections of its self-attention and of its
-            MLP put out (the whole MLP, if it is a mixture of experts); or several of them.
+            What is edited in a layer: `"block_output"` and `"block_input"`, the residual stream after and before the
+            block; `"attention_output"` and `"mlp_output"`, the outputs of the last projections of its self-attention
+            and of its MLP (of the whole MLP, if it is a mixture of experts); or several of them.
         target_modules (`Union[List[str], str]`):
             Names the modules whose output is edited, in place of `component`. A list matches names and their endings, a
             string is a regular expression.
@@ -68,26 +68,26 @@ class ReftConfig(PeftConfig):
             Further modules to train and to save with the adapter, such as a classification head.
         trainable_token_indices (`Union[List[int], Dict[str, List[int]]]`):
             Tokens whose embedding is trained and saved with the adapter, such as new ones; a dictionary names the
-            embedding. TRL sets it when a chat template brings tokens.
+            embedding. TRL sets it when a chat template adds tokens.
         ensure_weight_tying (`bool`):
             Whether `modules_to_save` and `trainable_token_indices` stay tied where the model ties weights, such as the
             embedding and the output layer.
         dropout (`float`):
             Dropout on the edited representations, in training.
         act_fn (`str`):
-            Activation on `W h + b`, a name that Transformers knows; none by default.
+            Activation on `W h + b`, a name in Transformers' `ACT2FN`; none by default.
         use_bias (`bool`):
             Whether the method has a `b`. Without one, an affine adapter of all tokens merges into models whose layers
-            have no bias (Llama, Mistral, Qwen), and what it merges into can be saved.
+            have no bias (Llama, Mistral, Qwen), and the merged model can be saved.
         subspaces (`Dict[str, int]`):
             Splits the `r` dimensions into named groups, for instance `{"style": 4, "task": 4}`, which can be edited
-            (and trained) separately, in alphabetical order: see `set_subspaces` of [`ReftModel`] and the argument
-            `subspaces` of `forward`.
+            (and trained) separately. They take the dimensions in alphabetical order. See `set_subspaces` of
+            [`ReftModel`] and the argument `subspaces` of `forward`.
         freeze_subspace (`bool`):
-            Whether the edited subspace stays as it is, so that only what is written into it is learned.
+            Whether the edited subspace is frozen, so that only W and b are learned.
         init_weights (`Union[bool, Literal["pyreft"]]`):
-            True: a new adapter does not change the model (but for `"consreft"`, which cannot but do so, and with an
-            `act_fn`). `"pyreft"`: random W and b, as pyreft has it. False: random, for tests.
+            True: a new adapter does not change the model (except `"consreft"`, which always does, and adapters with an
+            `act_fn`). `"pyreft"`: random W and b, as in pyreft. False: random, for tests.
 
     Raises:
         ValueError: an unknown or contradictory value; the message names it.
@@ -143,16 +143,18 @@ class ReftConfig(PeftConfig):
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation on W h + b, a name from Transformers' ACT2FN."}
     )
-    # Not `bias`, which PEFT reads in every config: as one of "none", "all" and "lora_only".
-    use_bias: bool = field(default=True, metadata={"help": "Whether the method has a b; without, it merges into more."})
+    # Not named `bias`, which PEFT reads from every config as one of "none", "all" and "lora_only".
+    use_bias: bool = field(
+        default=True, metadata={"help": "Whether the method has a b; without one it merges into more models."}
+    )
     subspaces: dict[str, int] | None = field(
         default=None, metadata={"help": "Splits the r dimensions into named groups, e.g. {'style': 4, 'task': 4}."}
     )
-    freeze_subspace: bool = field(default=False, metadata={"help": "Whether the edited subspace stays as it is."})
+    freeze_subspace: bool = field(default=False, metadata={"help": "Whether the edited subspace is frozen."})
     init_weights: bool | Literal["pyreft"] = field(
         default=True,
         metadata={
-            "help": "True: starts as the identity; 'pyreft': random W and b as pyreft; False: random, for tests."
+            "help": "True: starts as the identity; 'pyreft': random W and b, as in pyreft; False: random, for tests."
         },
     )
 
@@ -170,7 +172,7 @@ class ReftConfig(PeftConfig):
         self._check_contradictions()
 
     def __repr__(self) -> str:
-        """What makes it, without the options that are as by default."""
+        """A call that creates it, without options that have their default value."""
         always = ("intervention", "r", "positions")
         told = (f for f in fields(self) if f.name not in _OF_PEFT and (f.name in always or not _is_default(self, f)))
         told = sorted(told, key=lambda f: always.index(f.name) if f.name in always else len(always))
@@ -238,7 +240,7 @@ class ReftConfig(PeftConfig):
                 raise ValueError(f"Unknown component {component!r}; allowed are {list(COMPONENTS)}.")
         self._check_act_fn()
         if INTERVENTIONS[self.intervention].needs_bias and not self.use_bias:
-            raise ValueError(f"use_bias={self.use_bias!r}: {self.intervention!r} learns nothing but a b; leave it out.")
+            raise ValueError(f"use_bias={self.use_bias!r}: {self.intervention!r} is zero without a b; leave it out.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "pyreft":
             raise ValueError(f"init_weights must be True, False or 'pyreft', got {self.init_weights!r}.")
         for name in ("share_weights", "freeze_subspace", "use_bias", "ensure_weight_tying"):
@@ -257,14 +259,14 @@ class ReftConfig(PeftConfig):
                 "could follow; leave it out, or choose another intervention."
             )
         if next(ACT2FN[self.act_fn].parameters(), None) is not None:
-            raise ValueError(f"act_fn={self.act_fn!r} has parameters of its own; choose an activation without any.")
+            raise ValueError(f"act_fn={self.act_fn!r} has its own parameters; choose an activation without any.")
 
     def _check_subspaces(self) -> None:
         if not INTERVENTIONS[self.intervention].low_rank:
             for name in ("subspaces", "freeze_subspace"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r}: {self.intervention!r} edits every coordinate on its own, not "
+                        f"{name}={getattr(self, name)!r}: {self.intervention!r} edits each coordinate separately, not "
                         "a subspace; choose another intervention."
                     )
         if self.subspaces is None:
@@ -295,8 +297,8 @@ class ReftConfig(PeftConfig):
         """
         Save `adapter_config.json`, and say in the model card beside it how to load the adapter.
 
-        Nothing outside the folder is read or written. Each file is written beside the old one and then renamed, so that
-        whoever is killed here leaves the old file or the new one.
+        Nothing outside the folder is read or written. Each file is written beside the old one and then renamed, so a
+        process that is killed here leaves either the old file or the new one.
 
         Args:
             save_directory (`str`): The adapter's folder, made if it does not exist.
@@ -320,7 +322,7 @@ def _is_default(config: ReftConfig, option: Field) -> bool:
 
 
 def _as_list(value: Any) -> Any:
-    """A collection as the list that JSON gives back, a set in sorted order; anything else as it is."""
+    """A collection as the list that JSON returns, a set in sorted order; anything else unchanged."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, (tuple, range)) else value

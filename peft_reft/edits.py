@@ -1,10 +1,10 @@
-"""Edits of hidden representations: what makes one, and how it is computed and added.
+"""Edits of hidden representations: how they are computed and added.
 
-Edits are computed in float32 at least and added in the dtype of the model: alike for all rows of a batch, or one of
-several for each row, whose factors are stacked and gathered by row.
+Edits are computed in float32 (float64 for float64 models) and added in the dtype of the model. All rows of a batch get
+the same edit, or each row has one of several, whose factors are stacked and gathered by row.
 
 Shapes: `b` rows of the batch, `k` representations of each, `c` columns: the coordinates of all units of a row's
-intervention, filled up with zeros to those of the largest.
+intervention, zero-padded to the largest number.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AdapterSettings:
     freeze_subspace: bool = False
 
     def mask(self, names: Sequence[str]) -> torch.Tensor:
-        """1 for the coordinates of the named subspaces, 0 for the others; float32 `[r]`. Other names count nothing."""
+        """1 for the coordinates of the named subspaces, 0 for the others; float32 `[r]`. Unknown names are ignored."""
         mask = torch.zeros(sum(map(len, self.subspaces.values())))
         for name in names:
             mask[list(self.subspaces.get(name, ()))] = 1
@@ -64,7 +64,7 @@ def finite(name: str, value: float | torch.Tensor) -> float:
     """A number, or a tensor of one, as a float.
 
     Args:
-        name: what messages call it.
+        name: its name in messages.
         value: the number.
 
     Raises:
@@ -81,13 +81,13 @@ def finite(name: str, value: float | torch.Tensor) -> float:
 
 @dataclass(eq=False)
 class Edit:
-    """What an adapter does at one site.
+    """The edit of an adapter at one site.
 
     Attributes:
-        intervention: what edits.
+        intervention: the intervention.
         strength: factor of the edit.
-        coordinates: which coordinates of the subspace are edited: `[r]`, or `[b, r]` where rows differ; None for all.
-        positions: the tokens that are edited; None where only the function counts.
+        coordinates: which coordinates of the subspace are edited: `[r]`, or `[b, r]` if rows differ; None for all.
+        positions: the tokens that are edited; None if only `function` is needed.
     """
 
     intervention: Intervention
@@ -133,7 +133,7 @@ class Edit:
 
 @dataclass(eq=False)
 class RowEdits:
-    """Edits of a batch whose rows have different ones, of kinds that can be stacked.
+    """Edits of a batch whose rows have different interventions, all of one kind, stacked.
 
     Attributes:
         members: the distinct edits.
@@ -171,10 +171,10 @@ class RowEdits:
 
 
 def gather_rows(hidden: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`hidden` itself and its rows `hidden[index]`, for adding something to these rows.
+    """`hidden` and its rows `hidden[index]`, to add something to these rows.
 
-    The gradient of both together is one copy of that of the first with something added to some rows. As two uses of
-    `hidden` they would cost a tensor of zeros and a sum, each of its whole size.
+    Their joint gradient is one copy of the first's gradient, with values added to some rows. Two separate uses of
+    `hidden` would cost a tensor of zeros and a sum, each of the size of `hidden`.
 
     Args:
         hidden: `[n, d]`.
@@ -198,12 +198,12 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # Entering the context takes longer than asking whether there is a need to.
+    # Entering the context takes longer than checking whether it is needed.
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def view_without_aliasing(fresh: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A tensor that nobody else holds in another shape, as `view`, but no view for autograd.
+    """A new tensor in another shape, like `view`, but not a view for autograd. Nothing else may hold the tensor.
 
     FSDP2 hooks the outputs of blocks; a view that the model then changes in place would lose the hooks.
     """
@@ -218,7 +218,7 @@ def _one_hot(index: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tenso
 class StackedLowRank:
     """Low-rank edits in their normal form (see `interventions.Factors`), one for each row.
 
-    `left`, `right` and `removed` are `[b, c, d]` (the latter None where no row needs it), `bias` and `gain` `[b, c]`,
+    `left`, `right` and `removed` are `[b, c, d]` (`removed` is None if no row needs it), `bias` and `gain` `[b, c]`,
     `unit` int8 `[b, c]`, the unit that a column belongs to, counted from 1. `activations` are pairs of an activation
     and the rows, bool `[b]`, that have it.
     """
@@ -237,7 +237,7 @@ class StackedLowRank:
         columns = max(m.intervention.projection.shape[:2].numel() for m in members)
         groups = _alike(members)
         parts = [_columns([members[i] for i in group], columns, dtype) for group in groups]
-        # The first place, all zero, is for rows without an edit.
+        # The first member, all zero, is for rows without an edit.
         place = torch.zeros(len(members) + 1, dtype=torch.long)
         place[[1 + i for group in groups for i in group]] = torch.arange(1, len(members) + 1)
         place = place[rows]
@@ -271,18 +271,18 @@ class StackedLowRank:
 
 @dataclass(frozen=True)
 class StackedRed:
-    """RED edits, one for each row: `factor` and `shift` are `[b, 1 + u, d]`, those of unit 0 are zero."""
+    """RED edits, one for each row: `factor` and `shift` are `[b, 1 + u, d]`, zero for unit 0."""
 
     factor: torch.Tensor
     shift: torch.Tensor
 
     @classmethod
     def of(cls, members: Sequence[Edit], rows: torch.Tensor, dtype: torch.dtype) -> StackedRed:
-        """As `StackedLowRank.of`."""
+        """Like `StackedLowRank.of`."""
         scales = [member.intervention.scale for member in members]
         biases = [member.intervention.shift for member in members]
         device, units = scales[0].device, 1 + max(map(len, scales))
-        # The first, all zero, is for rows without an edit.
+        # The first member, all zero, is for rows without an edit.
         factor = torch.zeros(len(members) + 1, units, scales[0].shape[1], dtype=dtype, device=device)
         shift = torch.zeros_like(factor)
         places = [(1 + i, 1 + unit) for i, scale in enumerate(scales) for unit in range(len(scale))]
@@ -302,24 +302,24 @@ def stack(members: Sequence[Edit], rows: torch.Tensor, dtype: torch.dtype) -> St
     """The edits of rows that have different interventions, in one pass.
 
     Args:
-        members: the distinct ones, all low-rank or all RED, of one width.
-        rows: int64 `[b]`, the member of each row, counted from 1, 0 for rows that none edits.
-        dtype: in which the edit is computed.
+        members: the distinct edits, all low-rank or all RED, of one width.
+        rows: int64 `[b]`, the member of each row, counted from 1, 0 for rows without an edit.
+        dtype: the dtype to compute the edit in.
     """
     kind = StackedLowRank if isinstance(members[0].intervention, LowRankIntervention) else StackedRed
     return kind.of(members, rows, dtype)
 
 
 def edits_of_rows(edits: Mapping[Hashable, Edit], rows: Sequence[Hashable], requests: RowRequests) -> list[RowEdits]:
-    """What is done to a batch whose rows have different edits, in as few passes as there are kinds.
+    """The edits of a batch whose rows have different ones, stacked into one `RowEdits` per kind.
 
     Args:
         edits: the distinct edits by name.
         rows: the name of each row's edit; any other name for none.
-        requests: where the row positions are kept.
+        requests: the requests of the call, which cache the row positions.
 
     Raises:
-        NotImplementedError: an intervention that has no stacked form.
+        NotImplementedError: an intervention has no stacked form.
     """
     families: dict[bool, list[Hashable]] = {}
     for name, edit in edits.items():
@@ -350,7 +350,7 @@ def _alike(members: Sequence[Edit]) -> list[list[int]]:
 
 
 def _columns(members: Sequence[Edit], columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The fields of `StackedLowRank` for members that are alike, with `n` for `b`; the last two on the CPU."""
+    """The fields of `StackedLowRank` for `n` alike members, with `n` for `b`; the last two on the CPU."""
     factors = _factors(members, dtype)
     behind = columns - factors.bias.shape[1]
     zero = torch.zeros_like(factors.left)
@@ -364,14 +364,14 @@ def _columns(members: Sequence[Edit], columns: int, dtype: torch.dtype) -> tuple
 
 
 def _factors(members: Sequence[Edit], dtype: torch.dtype) -> Factors:
-    """The normal forms of members that are alike, with the units' coordinates on one axis: `[n, u * r, d]`."""
+    """The normal forms of `n` alike members, with the units' coordinates on one axis: `[n, u * r, d]`."""
     first = members[0].intervention
     parameters = {
         name: torch.stack([getattr(member.intervention, name) for member in members]).to(dtype)
         for name, _ in first.named_parameters()
     }
     if torch.is_grad_enabled():
-        # As in `LowRankIntervention`: rows that are not used stay as they are.
+        # As in `LowRankIntervention`, unused rows get no gradient.
         projection = parameters["projection"]
         used = _coordinates(members, projection.shape[2]).to(projection.device) != 0
         parameters["projection"] = torch.where(used[:, None, :, None], projection, projection.detach())
@@ -380,7 +380,7 @@ def _factors(members: Sequence[Edit], dtype: torch.dtype) -> Factors:
 
 
 def _gain(members: Sequence[Edit]) -> torch.Tensor:
-    """Factor of each column of members that are alike, float64 `[n, u * r]`."""
+    """Factor of each column of `n` alike members, float64 `[n, u * r]`."""
     units, rank, _ = members[0].intervention.projection.shape
     strength = torch.tensor([m.strength for m in members], dtype=torch.float64)
     return strength[:, None] * _coordinates(members, rank).repeat(1, units)

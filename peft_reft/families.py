@@ -1,7 +1,7 @@
-"""What of some families of models neither their structure nor a protocol of Transformers tells.
+"""Facts about model families that neither their structure nor a protocol of Transformers reveals.
 
-One entry a family, each with its reason. The sweep over all architectures (`tests/architectures.py`) finds families
-that lack one.
+One entry per family, with its reason. The sweep over all architectures (`tests/architectures.py`) finds families that
+lack one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_reft.layouts import Among, Axes, Elsewhere, Layout, Repeated
 
-# Class of a model -> the list in it whose modules put out what a layer does.
+# Class of a model -> the list in it whose modules return the outputs of the layers.
 _STACKS = {
-    # Bytes are encoded into patches and decoded again, with a stack for each and one between. The decoder is the
-    # deepest of those with a place for each byte.
+    # Bytes are encoded into patches and decoded again: three stacks, the middle one on patches. The decoder is the
+    # last stack with a representation of each byte.
     "BltModel": "local_decoder.layers",
-    # There are no blocks: the model itself calls the attentions, MLPs and norms of all layers, which stand in four
+    # There are no blocks: the model itself calls the attentions, MLPs and norms of all layers, which are in four
     # lists. A layer ends with its second norm.
     "XLMModel": "layer_norm2",
     "FlaubertModel": "layer_norm2",
 }
-# Of models without blocks: component -> the module of a layer's number.
+# In models without blocks: component -> name of its module, by layer number.
 _PARTS = {
     "attention_output": "attentions.{}.out_lin",
     "mlp_output": "ffns.{}.lin2",
@@ -42,10 +42,10 @@ _PARTS_OF_BLOCKS: dict[str, dict[str, str | None]] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tokens are in what a block is given and returns.
+    """Where the tokens are in a block's input and output.
 
     Attributes:
-        layout: the layout.
+        layout: the layout, None for the usual one.
         reason: why it is not the usual one, a clause after "because".
         streams: number of vectors of the hidden size that are one token's representation.
         inside: whether the modules within the block have that layout too.
@@ -58,8 +58,8 @@ class Placement:
 
 
 _TOKENS_FIRST = Placement(Axes("tbd"), "its blocks work on [tokens, batch, features]", inside=True)
-_TEXT_FIRST = Placement(Among(), "it puts the places of an image behind the tokens of the text", inside=True)
-_PADDED = Placement(Among(), "it pads what it is given to a multiple of its block size", inside=True)
+_TEXT_FIRST = Placement(Among(), "it appends the patches of an image to the tokens of the text", inside=True)
+_PADDED = Placement(Among(), "it pads its input to a multiple of its block size", inside=True)
 
 # model_type of the configuration -> placement
 _PLACEMENTS: dict[str, Callable[[PreTrainedConfig], Placement]] = {
@@ -74,7 +74,7 @@ _PLACEMENTS: dict[str, Callable[[PreTrainedConfig], Placement]] = {
     "prophetnet": lambda config: Placement(
         Repeated(), "its decoder has each token once more for every future token that it predicts", inside=True
     ),
-    # Every other block shifts its tokens by half a block size within, on padding.
+    # Every other block pads its tokens to shift them by half a block size.
     "pegasus_x": lambda config: replace(_PADDED, inside=False),
     "canine": lambda config: Placement(Elsewhere(), "its blocks see one vector for several characters", inside=True),
     "perceiver": lambda config: Placement(Elsewhere(), "its blocks see latent vectors, not tokens", inside=True),
@@ -88,16 +88,16 @@ _POOLED = Placement(Elsewhere(), "it pools tokens between its first blocks and t
 
 
 def stack_of(model: PreTrainedModel) -> str | None:
-    """Name of the list of blocks in a model of a family that does not tell it otherwise."""
-    # Subclasses, such as FSDP's, are of the family.
+    """Name of the list of blocks in a model, for families in `_STACKS`; None for others."""
+    # Subclasses, such as FSDP's, belong to the family.
     stack = next((_STACKS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _STACKS), None)
-    # Where norms come first, nothing puts out what a layer does.
+    # In pre-norm models no module returns the output of a layer.
     norms_first = has_loose_layers(model) and getattr(model.config, "pre_norm", False)
     return None if norms_first else stack
 
 
 def tokens_of_its_own(model: nn.Module) -> int:
-    """How many tokens a model puts before its input and counts in its cache, which it skips in the ids it is given."""
+    """Number of tokens that a model adds before its input and keeps in its cache, but not in its input ids."""
     config = getattr(model, "config", None)
     return config.prompt_length if getattr(config, "model_type", None) == "cpmant" else 0
 
@@ -111,7 +111,7 @@ def codebooks_of(model: nn.Module) -> int:
 
 
 def has_loose_layers(model: PreTrainedModel) -> bool:
-    """Whether a model has no blocks, but lists of the parts of its layers."""
+    """Whether a model has lists of the parts of its layers in place of blocks."""
     return any(cls.__name__ in ("XLMModel", "FlaubertModel") for cls in type(model).__mro__)
 
 
@@ -127,7 +127,7 @@ def parts_of_block(block: nn.Module) -> Mapping[str, str | None]:
 
 
 def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placement | None:
-    """Where the tokens are in what a block is given and returns, None for the usual `[batch, tokens, features]`.
+    """Where the tokens are in a block's input and output, None for the usual `[batch, tokens, features]`.
 
     Args:
         owner: the innermost model that holds the block.
@@ -149,7 +149,7 @@ def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placeme
 
 @cache
 def _pads(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model has a method of its own that pads its input, as models with block-sparse attention do."""
+    """Whether a model has a method that pads its input, as models with block-sparse attention do."""
     return any(name.startswith("_pad_to_") for name in dir(model_class))
 
 

@@ -1,4 +1,4 @@
-"""Stands in for a model's `generate`.
+"""Replaces a model's `generate`.
 
 model.generate(...) --> GenerateEntry --> opens a Generation, to which the passes in between belong
 """
@@ -17,17 +17,17 @@ from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.requests import RowRequests
 from peft_reft.tracker import ARGUMENTS, StandIn, Tracker
 
-# What `generate` can be given in place of token ids.
+# Arguments of `generate` that replace token ids.
 _INPUTS = ("inputs_embeds", "input_features", "input_values")
 
 
 class GenerateEntry(StandIn):
-    """Stands in for `model.generate`: the same call, with the prompt known to the model's `ReftLayer`s.
+    """Replaces `model.generate`: the same call, with the prompt known to the model's `ReftLayer`s.
 
     Args:
         model: the model.
-        tracker: the model's.
-        decoder_only: whether prompt and generated tokens are one sequence, so that they have to be told apart.
+        tracker: the tracker of the model.
+        decoder_only: whether prompt and generated tokens are one sequence, in which the prompt has to be found.
     """
 
     def __init__(self, model: nn.Module, tracker: Tracker, decoder_only: bool) -> None:
@@ -36,12 +36,12 @@ class GenerateEntry(StandIn):
         self.decoder_only = decoder_only
 
     def attach(self) -> None:
-        """Stand in for the model's `generate`. Mutates the model; `detach` undoes it."""
+        """Replace the model's `generate`. Mutates the model; `detach` undoes it."""
         self.put("generate")
 
     @classmethod
     def detach(cls, model: nn.Module) -> None:
-        """Give a model its own `generate` back."""
+        """Restore a model's own `generate`. Mutates the model."""
         entry = vars(model).get("generate")
         if isinstance(entry, cls):
             entry.take_off("generate")
@@ -50,7 +50,7 @@ class GenerateEntry(StandIn):
         """The model's `generate`.
 
         Raises:
-            RuntimeError: the passes that it made do not add up to its result.
+            RuntimeError: the tokens of its passes do not add up to its result.
         """
         tracker = self.tracker
         with tracker.lock:
@@ -71,7 +71,7 @@ class GenerateEntry(StandIn):
 
     @contextmanager
     def _generating(self, generation: Generation) -> Iterator[None]:
-        """While it lasts, the passes that the model makes belong to `generation`."""
+        """Within the `with` block, the passes that the model makes belong to `generation`."""
         own = self.tracker.own
         outer, own.generation = own.generation, generation
         try:
@@ -81,7 +81,7 @@ class GenerateEntry(StandIn):
 
     @property
     def _arguments(self) -> set[str]:
-        # An encoder-decoder model gets no `prompt_mask`, and says so itself.
+        # Encoder-decoder models raise their own error if they are passed `prompt_mask`.
         return ARGUMENTS if self.decoder_only else ARGUMENTS - {"prompt_mask"}
 
     def _requests(
@@ -125,7 +125,7 @@ class GenerateEntry(StandIn):
 
         def token_ids(name: str) -> list[int]:
             configs = (kwargs.get("generation_config"), self.module.generation_config)
-            # An argument that is None unsets what the configurations say.
+            # An argument that is None overrides the configurations.
             values = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
             value = next((value for value in values if value is not None), [])
             return torch.as_tensor(value).flatten().tolist()
@@ -141,5 +141,5 @@ def _refuse_guidance(kwargs: Mapping[str, Any]) -> None:
     if scale not in (None, 1, 1.0):
         raise NotImplementedError(
             f"guidance_scale={scale}: classifier-free guidance runs a second prompt through the model in the same "
-            "generate call, whose tokens ReFT's positions cannot tell from the first. Leave guidance_scale out."
+            "generate call, and ReFT's positions cannot distinguish the two. Leave guidance_scale out."
         )

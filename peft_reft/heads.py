@@ -1,4 +1,4 @@
-"""Modules that PEFT trains whole (`modules_to_save`), in batches whose rows name their adapters."""
+"""`modules_to_save` in batches whose rows have different adapters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peft_reft.tokens.requests import BASE, RowRequests
 
 
 def choose_heads(module: nn.Module, requests: RowRequests) -> list[RemovableHandle]:
-    """Let the modules inside `module` that PEFT trains whole (`modules_to_save`) run each row through its adapter's
-    copy, until the handles are removed.
+    """Have the `modules_to_save` inside `module` run each row through its adapter's copy.
+
+    Mutates these modules: each gets a forward pre-hook, until its handle is removed.
     """
 
     def name_rows(head: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

@@ -15,15 +15,15 @@ from transformers.activations import ACT2FN
 
 from peft_reft.autograd import Elementwise, add_low_rank, orthonormal_rows, random_orthonormal_rows
 
-# Of rows to be orthonormalized only the directions count, but the shorter they are the further a step of an optimizer
-# turns them: at this length as far as in pyreft, for which the paper's learning rates were chosen.
+# Only the directions of the rows matter, but an optimizer step rotates shorter rows further. At this length a step
+# rotates them as far as in pyreft, for which the paper's learning rates were chosen.
 ROW_LENGTH = 0.5
 
 InitWeights = bool | Literal["pyreft"]
 
 
 class Scope(NamedTuple):
-    """What of each representation is edited, and how much.
+    """The part of each representation to edit, and the factor of the edit.
 
     Attributes:
         gate: `[..., u]`, which unit edits each representation (one-hot; all zero for none). None: the only unit edits
@@ -57,7 +57,7 @@ class Intervention(nn.Module):
     Attributes:
         low_rank: whether the edit lies in a subspace of dimension `r`, rather than in all of the representation.
         takes_act_fn: whether the method has a learned projection that an activation can follow.
-        needs_bias: whether the method is nothing without a `b`.
+        needs_bias: whether the edit is zero without a `b`.
         affine: whether the edit is an affine map of the hidden representation (outside of training).
         bias: `b`, a parameter `[u, ...]`, or None.
     """
@@ -82,7 +82,7 @@ class Intervention(nn.Module):
         self.act_name = None if act_fn == "linear" else act_fn
         self.act_fn = None if self.act_name is None else ACT2FN[self.act_name]
         self.affine = self.act_fn is None
-        # Only where it does something: it is one more module of each adapter to go through.
+        # Only if it does something: every traversal of the model's modules would visit it.
         self.dropout = nn.Dropout(dropout) if dropout else None
         self._create_parameters(features, rank, units)
         if not bias:
@@ -95,13 +95,13 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self, init_weights: InitWeights) -> None:
-        """Draw new parameters; `bias` may be None."""
+        """Initialize the parameters; `bias` may be None."""
         raise NotImplementedError
 
     def edit(
         self, hidden: torch.Tensor, scope: Scope = EVERYTHING, kept: dict[tuple, Any] | None = None
     ) -> torch.Tensor:
-        """The edit before dropout and strength, `[..., d]` in the dtype of `hidden`; arguments as of `forward`."""
+        """The edit before dropout and strength, `[..., d]` in the dtype of `hidden`; arguments as for `forward`."""
         raise NotImplementedError
 
     def forward(
@@ -111,9 +111,9 @@ class Intervention(nn.Module):
 
         Args:
             hidden: `[..., d]`, any floating point dtype; the edit is computed in `compute_dtype(hidden.dtype)`.
-            scope: what of it is edited, and how much.
-            kept: where products of the parameters are kept; for as long as these do not change, such as one `generate`
-                call.
+            scope: the part to edit, and the factor of the edit.
+            kept: cache of products of the parameters, for as long as these do not change, such as one `generate` call;
+                None for no cache.
 
         Returns:
             `[..., d]`, dtype of `hidden`.
@@ -139,8 +139,8 @@ class Intervention(nn.Module):
 
         Args:
             hidden, scope, kept: see `forward`.
-            keep_output: whether what comes next keeps the result for its own backward pass, so that keeping it here
-                costs nothing. Where that is not so, the result is the same but takes memory.
+            keep_output: whether the next operation keeps the result for its own backward pass, so that keeping it here
+                costs no memory. A wrong value costs memory, but does not change the result.
 
         Returns:
             `[..., d]`, dtype of `hidden`.
@@ -160,7 +160,7 @@ class Factors(NamedTuple):
     """A low-rank edit in its normal form `left^T (act(right h + bias) - removed h)`.
 
     `left`, `right` and `removed` are `[..., r, d]`, `bias` is `[..., r]`. `right` is None for zero, `removed` is None
-    for zero or where an affine edit has it in `right`.
+    for zero or if `right` includes it, as in affine edits.
     """
 
     left: torch.Tensor
@@ -190,18 +190,18 @@ class _Products(NamedTuple):
 
 
 class LowRankIntervention(Intervention):
-    r"""What all methods that edit a subspace share:
+    r"""Base class of methods that edit a subspace:
 
     $$ \Phi(h) = h + L^\top (W h + b - L h) $$
 
-    with `L` `[r, d]`, `W` `[r, d]` and `b` `[r]`, of which a method has all or some. Where `L` has orthonormal rows it
-    is the row-orthonormalized `projection`, a plain parameter: weight decay and low precision storage cannot take the
-    orthonormality away. `act_fn` is applied to `W h + b`.
+    with `L` `[r, d]`, `W` `[r, d]` and `b` `[r]`, of which a method has all or some. If `L` has orthonormal rows, it is
+    computed from the plain parameter `projection` by orthonormalizing its rows, so weight decay and low precision
+    storage cannot break the orthonormality. `act_fn` is applied to `W h + b`.
 
     Attributes:
-        orthonormal: whether the rows of `L` are orthonormal (then the papers call it `R`, else `P`).
+        orthonormal: whether the rows of `L` are orthonormal (the papers then call it `R`, otherwise `P`).
         learned: whether there is a `W`.
-        replaces: whether the coordinates `L h` are taken out.
+        replaces: whether the coordinates `L h` are subtracted.
     """
 
     low_rank = True
@@ -241,7 +241,7 @@ class LowRankIntervention(Intervention):
 
     @torch.no_grad()
     def reset_edit(self) -> None:
-        """Set `W` and `b` so that nothing is added, where the method can do that; `L` stays."""
+        """Set `W` and `b` so that the edit is zero, if the method can express that; `L` does not change."""
         self._draw_bias(nn.init.zeros_)
         if self.learned:
             self.weight.copy_(self.subspace(self.weight.dtype) if self.replaces else torch.zeros_like(self.weight))
@@ -252,18 +252,18 @@ class LowRankIntervention(Intervention):
 
     @classmethod
     def rows_of(cls, projection: torch.Tensor) -> torch.Tensor:
-        """`L` from the parameter that it is stored as, `[..., r, d]`."""
+        """`L` `[..., r, d]` from the parameter `projection` `[..., r, d]`."""
         return orthonormal_rows(projection) if cls.orthonormal else projection
 
     @classmethod
     def normal_form(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
-        """`factors_of`, with a `bias` of zeros where there is none."""
+        """`factors_of`, with a `bias` of zeros if `parameters` has none."""
         zeros = parameters["projection"].new_zeros(parameters["projection"].shape[:-1])
         return cls.factors_of({"bias": zeros} | dict(parameters), affine)
 
     @classmethod
     def factors_of(cls, parameters: Mapping[str, torch.Tensor], affine: bool) -> Factors:
-        """The normal form, from parameters by name, with any number of axes before those of one intervention."""
+        """The normal form from parameters by name, `[..., r, d]` and `[..., r]`; `affine`: there is no activation."""
         left, bias = cls.rows_of(parameters["projection"]), parameters["bias"]
         weight = parameters["weight"] if cls.learned else None
         if not affine:
@@ -274,10 +274,10 @@ class LowRankIntervention(Intervention):
         return Factors(left, weight - left if cls.replaces else weight, bias, None)
 
     def factors(self, dtype: torch.dtype = torch.float32, coordinates: torch.Tensor | None = None) -> Factors:
-        """The normal form in `dtype`, `[u, r, d]`; for training with some of the coordinates, if they are given."""
+        """The normal form in `dtype`, `[u, r, d]`; with `coordinates`, gradients reach only the rows that they use."""
         parameters = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         if coordinates is not None and torch.is_grad_enabled():
-            # Rows that no representation uses stay as they are, although later rows are orthogonalized against them.
+            # Rows that no representation uses get no gradient, although later rows are orthogonalized against them.
             projection = parameters["projection"]
             used = (coordinates != 0).reshape(-1, projection.shape[1]).any(0)[:, None]
             parameters["projection"] = torch.where(used, projection, projection.detach())
@@ -291,7 +291,7 @@ class LowRankIntervention(Intervention):
         elementwise = self._elementwise(scope._replace(strength=1.0))
         if elementwise is not None:
             target = elementwise(target)
-        # Without a product so far there is one row for all.
+        # Without a product, `target` is one row for all representations.
         return target.expand(*hidden.shape[:-1], -1) @ left
 
     def apply_to(
@@ -310,9 +310,9 @@ class LowRankIntervention(Intervention):
     def _products(
         self, dtype: torch.dtype, coordinates: torch.Tensor | None, kept: dict[tuple, Any] | None
     ) -> _Products:
-        """The factors as they multiply representations; computed once for `kept` where no gradients are asked.
+        """The factors in the form that multiplies representations; cached in `kept` if no gradients are needed.
 
-        Without it every time: optimizers and callbacks write to parameters in ways that nothing keeps count of.
+        Without `kept` they are computed every time, because no counter tracks every write to the parameters.
         """
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _Products.of(self.factors(dtype, coordinates))
@@ -322,7 +322,7 @@ class LowRankIntervention(Intervention):
         return kept[key]
 
     def _elementwise(self, scope: Scope) -> Elementwise | None:
-        """What happens between the two products, None for nothing."""
+        """The function between the two products, None for the identity."""
         gate, coordinates, strength = scope
         if self.act_fn is None and gate is None and coordinates is None and strength == 1.0:
             return None
@@ -344,8 +344,7 @@ class LowRankIntervention(Intervention):
 class LoreftIntervention(LowRankIntervention):
     r"""LoReFT (Wu et al. 2024, arXiv 2404.03592, equation 2): $R^\top (W h + b - R h)$ is added to `h`.
 
-    A fresh one is the identity (`W = R`, `b = 0`; not with `act_fn`), in pyreft `W` and `b` are as `nn.Linear` draws
-    them.
+    A new one is the identity (`W = R`, `b = 0`; not with `act_fn`). pyreft initializes `W` and `b` as `nn.Linear` does.
     """
 
     orthonormal, learned, replaces, takes_act_fn = True, True, True, True
@@ -360,7 +359,7 @@ class NoreftIntervention(LowRankIntervention):
 class DireftIntervention(LowRankIntervention):
     r"""DiReFT as in pyreft: $R^\top (W h + b)$ is added to `h`, with `W = 0` and `b = 0` at first.
 
-    The paper's equation 3 does not ask for orthonormal rows: that is `nodireft`.
+    The paper's equation 3 does not require orthonormal rows: that is `nodireft`.
     """
 
     orthonormal, learned, replaces, takes_act_fn = True, True, False, True
@@ -375,7 +374,7 @@ class NodireftIntervention(LowRankIntervention):
 class ConsreftIntervention(LowRankIntervention):
     r"""ConsReFT, in pyreft: $R^\top (b - R h)$ is added to `h`, which sets its coordinates in the subspace to `b`.
 
-    It is never the identity: with `b = 0` it takes the subspace out of `h` (directional ablation).
+    It is never the identity: with `b = 0` it removes the subspace from `h` (directional ablation).
     """
 
     orthonormal, learned, replaces = True, False, True
@@ -390,7 +389,7 @@ class LobireftIntervention(LowRankIntervention):
 class RedIntervention(Intervention):
     r"""RED (Wu et al. 2024, arXiv 2402.15179): $g \odot h + b$ in place of `h`, with `g = 1` and `b = 0` at first.
 
-    It edits every coordinate on its own and has no rank.
+    It edits each coordinate separately and has no rank.
     """
 
     low_rank = False
@@ -408,7 +407,7 @@ class RedIntervention(Intervention):
 
     @property
     def shift(self) -> torch.Tensor:
-        """`b`, `[u, d]`; zeros where there is none."""
+        """`b`, `[u, d]`; zeros if there is none."""
         return torch.zeros_like(self.scale) if self.bias is None else self.bias
 
     def edit(

@@ -28,20 +28,20 @@ from peft_reft.tokens.prompts import stream_of_module
 from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection
 from peft_reft.tracker import Tracker, is_recorded
 
-# What is edited -> the name of the layer that does it. Names with "reft_" in them would be taken for parameters.
+# Edited side -> name of the layer. PEFT would take names that contain "reft_" for parameters.
 CHILD_NAMES = {OUTPUT: "reft", INPUT: "input_reft"}
 
 
 class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
-    """Holds the interventions of all adapters at one site, and applies the active ones in the order they were given.
+    """Holds the interventions of all adapters at one site, and applies the active ones in the order of activation.
 
     Unlike other tuner layers it does not wrap the module it adapts: `attach` adds it to the module as the child
-    `reft` (`input_reft` where it edits the input) and hooks the module's forward pass, so that parameter names and
-    module classes of the base model stay.
+    `reft` (`input_reft` if it edits the input) and hooks the module's forward pass, so parameter names and module
+    classes of the base model do not change.
 
     Args:
         site: the module whose output or input is edited.
-        tracker: knows the pass that is going on.
+        tracker: knows the running pass.
     """
 
     adapter_layer_names = ("reft_intervention",)
@@ -61,7 +61,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
-        # The block itself is not registered inside its child.
+        # In a tuple, so that the module is not registered as a child of its own child.
         self._host = (site.module,)
         self._handle: RemovableHandle | None = None
         self._last_edited_offset: float = 0
@@ -79,18 +79,18 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     @classmethod
     def attach(cls, site: Site, tracker: Tracker) -> ReftLayer:
-        """The layer of a site; mutates the site's module when there is none yet. `detach` undoes it."""
+        """The layer of a site. Mutates the site's module if it has none yet; `detach` undoes it."""
         layer = cls.at(site)
         if layer is None:
             layer = cls(site, tracker)
             site.module.add_module(CHILD_NAMES[site.side], layer)
-            # The handle travels with copies and pickles, and keeps its number from being given to another hook there.
+            # The handle is part of copies and pickles, where it keeps its id from being reused for another hook.
             if site.past_hooks:
                 EditedForward(site.module, layer).attach()
             elif site.side == INPUT:
                 layer._handle = site.module.register_forward_pre_hook(layer.edit_input, with_kwargs=True)
             else:
-                # Before other hooks: Transformers records hidden states in one, which are to be the edited ones.
+                # Before other hooks, so that the hook in which Transformers records hidden states sees edited ones.
                 hook = site.module.register_forward_hook
                 layer._handle = hook(layer.edit_output, prepend=True, with_kwargs=True)
         return layer
@@ -100,7 +100,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         """The layer of a site, if there is one.
 
         Raises:
-            ValueError: something else has taken its name.
+            ValueError: the module has another attribute of that name.
         """
         name = CHILD_NAMES[site.side]
         layer = getattr(site.module, name, None)
@@ -123,7 +123,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return self._host[0]
 
     def detach(self) -> None:
-        """Take the layer and its hook from the module that it was attached to."""
+        """Remove the layer and its hook from its module. Mutates the module."""
         del self.host._modules[CHILD_NAMES[self.side]]
         if self._handle is None:
             EditedForward.take_from(self.host, self)
@@ -135,7 +135,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return self.index is not None and self.index in (block, block + self.depth)
 
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
-        """Add an adapter, on the device of the edited module, in float32."""
+        """Add an adapter with this configuration, in float32 on the device of the edited module."""
         positions = config.parsed_positions
         self.reft_settings[adapter_name] = AdapterSettings(
             positions, subspaces=config.coordinates, freeze_subspace=config.freeze_subspace
@@ -168,12 +168,12 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
     @staticmethod
     def _train(intervention: Intervention, wanted: bool) -> None:
         for parameter in intervention.parameters():
-            # Asking is faster: most adapters of many stay as they are.
+            # Reading is faster than setting, and most of many adapters do not change.
             if parameter.requires_grad != wanted:
                 parameter.requires_grad_(wanted)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Freeze or unfreeze adapters; subspaces that are set to be frozen stay so."""
+        """Freeze or unfreeze adapters; subspaces with `freeze_subspace` stay frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._freeze_subspaces()
 
@@ -183,9 +183,9 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
                 self.reft_intervention[name].projection.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; when no other is active, the first of the model's remaining ones becomes so."""
-        # Every layer chooses alike, although not every adapter is on every layer. The list is kept here, since
-        # Transformers deletes adapters without the tuner.
+        """Delete an adapter. If no other one is active, activate the first of the model's others by name."""
+        # Every layer makes the same choice, although not every adapter is on every layer. The list is updated here,
+        # because Transformers deletes adapters without the tuner.
         self.tracker.adapters.pop(adapter_name, None)
         if adapter_name in self.active_adapters:
             active = [name for name in self.active_adapters if name != adapter_name]
@@ -202,16 +202,17 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         self._last_edited_offset = max(offsets, default=0)
 
     def why_not_merge(self, adapter_name: str) -> str | None:
-        """What keeps an adapter from being merged into the edited module, None if nothing does."""
+        """The reason why an adapter cannot be merged into the edited module, None if it can."""
         positions, intervention = self.reft_settings[adapter_name].positions, self.reft_intervention[adapter_name]
         return merging.obstacle(self.host, str(positions), intervention, self.side == OUTPUT)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters, by default the active ones, into the weights of the edited module.
+        """Merge adapters, by default the active ones, into the weights of the edited module. Mutates the module.
 
         Raises:
-            ValueError: an adapter that is named cannot be merged exactly. Of the active ones those that cannot stay as
-                they are, and edit as before: PEFT calls this for all layers to merge another method's adapters.
+            ValueError: an adapter in `adapter_names` cannot be merged exactly, or `safe_merge` found values that are
+                not finite. Active adapters that cannot be merged only give a warning and edit as before: PEFT calls
+                this for all layers to merge another method's adapters.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.reft_intervention]
         obstacles = {name: why for name in names if (why := self.why_not_merge(name)) is not None}
@@ -224,25 +225,25 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         if not names:
             return
         original = self._unmerged or merging.Original(self.host)
-        # Those of adapters that are merged already stay as they were at that time.
+        # Edits of adapters that were merged earlier keep the settings of that time.
         edits = self._merged_edits | {name: self.edit_of(name) for name in names}
         merging.merge(self.host, original, edits, safe_merge, self.site_name)
         self._unmerged, self._merged_edits, self.merged_adapters = original, edits, list(edits)
 
     def unmerge(self) -> None:
-        """Give the edited module back the weights that it had before anything was merged, bit for bit."""
+        """Restore the weights that the edited module had before merging, bit for bit."""
         if self._unmerged is not None:
             self._unmerged.restore(self.host)
         self._unmerged, self._merged_edits, self.merged_adapters = None, {}, []
 
     def edit_of(self, adapter_name: str) -> Edit:
-        """What an adapter does here, with its settings of now."""
+        """The edit of an adapter here, with its current settings."""
         settings = self.reft_settings[adapter_name]
         intervention = self.reft_intervention[adapter_name]
         return Edit(intervention, settings.strength, settings.coordinates, settings.positions)
 
     def lacks_bias(self, adapter_names: list[str] | None) -> bool:
-        """Whether the edited module had no bias, and has or gets one with these adapters merged into it."""
+        """Whether the edited module had no bias before merging, and these adapters give it one."""
         original = self.host if self._unmerged is None else self._unmerged
         names = [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
         return any(name in self.reft_intervention and self._shifts(name) for name in names) and original.bias is None
@@ -253,15 +254,15 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return bool(self.edit_of(adapter_name).function(zeros).any())
 
     def forget_original(self) -> None:
-        """Make what is merged so for good."""
+        """Drop the copy of the original weights: merged adapters cannot be unmerged any more."""
         self._unmerged = None
 
     def forward(self, hidden: Any) -> Any:
-        """What it is given: an edited `nn.Sequential` runs through all of its children."""
+        """Return the input unchanged: an edited `nn.Sequential` calls all of its children."""
         return hidden
 
     def edit_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: the module's output with its hidden representations edited, None to leave it as it is."""
+        """Forward hook: the module's output with its hidden representations edited, None to keep it."""
         pass_ = self._pass(args, kwargs)
         if self._is_idle(pass_):
             return None
@@ -275,16 +276,16 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return edited if hidden is output else with_hidden(output, edited)
 
     def edit_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Forward pre-hook: the module's arguments with the hidden representations edited, None to leave them."""
+        """Forward pre-hook: the module's arguments with the hidden representations edited, None to keep them."""
         pass_ = self._pass(args, kwargs)
         if self._is_idle(pass_):
             return None
-        # By their usual name, or as what comes first.
+        # By their usual name, else the first argument.
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
         given = hidden_of(
             args or {name: kwargs.get(name)}, f"{self.site_name} is not given hidden representations: its arguments"
         )
-        # Where accelerate runs blocks on several devices, it moves the input after this hook.
+        # If Accelerate runs blocks on several devices, it moves the input after this hook.
         hidden = given.to(next(self.reft_intervention.parameters()).device)
         edited = self._edited(pass_, hidden, f"{self.site_name} was given")
         if edited is hidden:
@@ -292,7 +293,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {name: edited})
 
     def _pass(self, args: tuple, kwargs: dict[str, Any]) -> Pass:
-        """The pass that is going on, or one of the module alone."""
+        """The running pass, or a new one if the module was called alone."""
         pass_ = self.tracker.current(self)
         if pass_ is None or self.stream not in pass_.streams:
             return Pass({self.stream: stream_of_module(args, kwargs)}, self.tracker.own.requests, is_recorded())
@@ -311,9 +312,9 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return len(self._edits_alike(pass_)) == 0
 
     def _edits_alike(self, pass_: Pass) -> dict[str, Edit]:
-        """The edits of a pass whose rows do not choose their own: in all of it what was set at first.
+        """The edits of a pass whose rows do not choose their own, with the settings of the first call in the pass.
 
-        So a checkpointed module does the same once more in the backward pass, whatever was set in between.
+        So a checkpointed module repeats the same edits in the backward pass, whatever was set since.
         """
         if pass_.in_graph:
             return self.current_edits()
@@ -322,25 +323,25 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return pass_.edits[self]
 
     def current_edits(self) -> dict[str, Edit]:
-        """Name of each adapter that edits here by the settings of now -> its edit."""
+        """Name of each adapter that edits here with the current settings -> its edit."""
         edits = {}
         for name in () if self._disable_adapters else self.active_adapters:
             if name not in self.reft_intervention or name in self.merged_adapters:
                 continue
-            # In training the parameters get their gradients, which are zero.
+            # In training, an edit of strength 0 gives its parameters zero gradients rather than none.
             if self.reft_settings[name].strength != 0 or self.training:
                 edits[name] = self.edit_of(name)
         return edits
 
     def _edited(self, pass_: Pass, hidden: torch.Tensor, name: str) -> torch.Tensor:
-        """`hidden` itself where nothing is edited."""
+        """`hidden` with its edits, `hidden` itself if nothing is edited; errors begin with `name`."""
         if self.place.layout is None:
             return self._edited_tokens(pass_, name, hidden)
         edit = partial(self._edited_tokens, pass_, name)
         return self.place.layout.edit(hidden, pass_.streams[self.stream].shape, edit)
 
     def _edited_tokens(self, pass_: Pass, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """As `_edited`, for hidden representations in their usual layout."""
+        """Like `_edited`, for hidden representations in their usual layout."""
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
                 f"{name} {tuple(hidden.shape)}, but its adapters were built for {self.out_features} features, "
@@ -350,7 +351,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
             return self._edited_places(pass_, name, hidden)
         stream, grid = pass_.streams[self.stream], hidden
         if hidden.dim() == 2 and len(hidden) == stream.shape[0] * stream.shape[1]:
-            # Some models put all tokens on one axis for a while.
+            # Some models flatten batch and tokens to one axis in places.
             grid = hidden.unflatten(0, stream.shape)
         edited = grid
         for edit in self._edits(pass_, len(grid)):
@@ -362,7 +363,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return edited if edited.shape == hidden.shape else view_without_aliasing(edited, hidden.shape)
 
     def _edited_places(self, pass_: Pass, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """As `_edited_tokens`, for `[batch, places..., features]`, of which all are edited if the call tells tokens."""
+        """Like `_edited_tokens`, for `[batch, places..., features]`: if the call has tokens, only edits of all fit."""
         for edit in self._edits_alike(pass_).values():
             if edit.positions.needs_prompt:
                 pass_.streams[self.stream].check_shape(edit.positions, hidden, name)
@@ -372,10 +373,10 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
 
     @property
     def _is_kept(self) -> bool:
-        """Whether the result is kept for a backward pass anyway, as it is.
+        """Whether autograd keeps the result for a backward pass anyway, unchanged.
 
-        The first thing that the next block does is to normalize what this one puts out, and to keep it for that. But a
-        hook behind this one may change it in place.
+        The next block first normalizes the output of this one, and keeps it for the gradient of that. But a hook after
+        this one may change it in place.
         """
         hooks = self.host._forward_pre_hooks if self.side == INPUT else self.host._forward_hooks
         return self.is_block and self.place.layout is None and len(hooks) == 1
@@ -393,7 +394,7 @@ class ReftLayer(nn.Module, ScaledAdapters, BaseTunerLayer):
         return [self._edit_of_rows(name, edit, subspaces) for name, edit in edits.items()]
 
     def _edit_of_rows(self, name: str, edit: Edit, subspaces: list[tuple[str, ...]]) -> Edit:
-        """An edit of which each row has some subspaces."""
+        """An edit that is restricted to other subspaces in each row."""
         settings = self.reft_settings[name]
         if not settings.subspaces:
             return edit

@@ -1,6 +1,7 @@
-"""How hidden representations lie in what a module is given or returns, where that is not `[batch, tokens, features]`.
+"""Layouts of hidden representations in a module's input or output other than `[batch, tokens, features]`.
 
-A layout shows the tokens in their usual places to a function that edits them, and puts what it returns back.
+A layout rearranges the tokens to the usual axes, passes them to a function that edits them, and rearranges the result
+back.
 """
 
 from __future__ import annotations
@@ -11,33 +12,33 @@ from typing import Any, Protocol
 
 import torch
 
-# [batch, tokens, features] or [rows, features] -> the same; the very same tensor where nothing is edited
+# [batch, tokens, features] or [rows, features] -> the same shape; the same tensor object if nothing is edited
 EditTokens = Callable[[torch.Tensor], torch.Tensor]
-# The places of a token's parts behind one another: batch, tokens (any other letter), streams, features.
+# The usual order of axes: batch, tokens (any other letter), streams, features.
 _PLACES = {"b": 0, "s": 2, "d": 3}
 
 
 class Layout(Protocol):
-    """A place of hidden representations. `maps_tokens` tells whether each token of the pass has a known place."""
+    """A layout of hidden representations. `maps_tokens` says whether each token of the pass has a known place in it."""
 
     maps_tokens: bool
 
     def edit(self, hidden: torch.Tensor, shape: tuple[int, int], edit: EditTokens) -> torch.Tensor:
-        """`hidden` with its tokens edited, `hidden` itself where nothing is.
+        """`hidden` with its tokens edited, `hidden` itself if nothing is edited.
 
         Args:
-            hidden: what the module is given or returns.
-            shape: `(batch, tokens)` of the pass, `(0, 0)` where that is unknown.
-            edit: edits tokens.
+            hidden: the module's input or output.
+            shape: `(batch, tokens)` of the pass, `(0, 0)` if unknown.
+            edit: edits tokens in the usual layout.
         """
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes stand in another order, or a token has several vectors.
+    """The axes are in another order, or a token has several vectors.
 
     `order` names them: `b` batch, `d` features, `s` the residual streams of a token, any other letter tokens (places
-    of a grid count row by row). The representation of a token with several streams is all of them, one after another.
+    of a grid count row by row). A token with several streams is represented by their concatenation.
     """
 
     order: str
@@ -58,7 +59,10 @@ class Axes:
 
 @dataclass(frozen=True)
 class Among:
-    """The model adds tokens of its own, `before` those of its input and any number behind them; they are not edited."""
+    """The model adds its own tokens, `before` of them before those of its input and any number after them.
+
+    Its own tokens are not edited.
+    """
 
     before: int = 0
     maps_tokens: bool = True
@@ -74,7 +78,7 @@ class Among:
 
 @dataclass(frozen=True)
 class Repeated:
-    """All tokens several times over, along one axis; each time they are edited alike."""
+    """All tokens repeated several times along the token axis; each repetition gets the same edits."""
 
     maps_tokens: bool = True
 
@@ -89,7 +93,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Vectors that stand for no single tokens of the input: all of them are edited, or none."""
+    """Vectors that do not represent single tokens of the input: all of them are edited, or none."""
 
     maps_tokens: bool = False
 
@@ -100,17 +104,17 @@ class Elsewhere:
 
 
 def first_tensor(output: Any) -> Any:
-    """The hidden representations in what a module is given or returns: the first value in it, or itself."""
+    """The hidden representations in a module's input or output: the first value in it, or the value itself."""
     while isinstance(output, (Mapping, tuple, list)):
         output = next(iter(output.values() if isinstance(output, Mapping) else output), None)
     return output
 
 
 def hidden_of(output: Any, complaint: str) -> torch.Tensor:
-    """As `first_tensor`.
+    """Like `first_tensor`, but checked.
 
     Raises:
-        TypeError: that is no floating point tensor of at least two axes; begins with the `complaint`.
+        TypeError: the value is not a floating point tensor of at least two axes; the message begins with `complaint`.
     """
     hidden = first_tensor(output)
     if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point() or hidden.dim() < 2:

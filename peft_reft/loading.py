@@ -1,4 +1,4 @@
-"""Compares the weights that a model is about to load with the adapters that it has."""
+"""Checks that the weights that a model is about to load fit its adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_reft.layer import CHILD_NAMES
 
-# SITE.reft.reft_intervention.ADAPTER.PARAMETER. PEFT leaves the adapter out where the model has no such parameter.
+# SITE.reft.reft_intervention.ADAPTER.PARAMETER. PEFT omits the adapter where the model has no such parameter.
 _KEY = re.compile(
     rf"(?P<site>.+)\.(?:{'|'.join(CHILD_NAMES.values())})\.reft_intervention\.((?P<adapter>[^.]+)\.)?(?P<parameter>[^.]+)"
 )
@@ -33,7 +33,7 @@ _OTHER_SHAPE = (
 
 
 def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`: PEFT loads what it has a place for, and drops the rest.
+    """Pre-hook of `load_state_dict`: warn of weights without a parameter in the model, which PEFT silently drops.
 
     Raises:
         ValueError: weights do not fit the intervention, the rank, the units or the hidden size of their adapter.
@@ -55,7 +55,7 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], pref
         if place is None:
             if match["adapter"] is None or match["adapter"] in adapters:
                 strange.setdefault(match["site"], []).append(match["parameter"])
-        # What DeepSpeed has spread over processes looks empty.
+        # Parameters that DeepSpeed shards over processes look empty.
         elif place.numel() and place.shape != weight.shape:
             shapes = {"found": tuple(weight.shape), "wanted": tuple(place.shape)}
             raise ValueError(_OTHER_SHAPE.format(adapter=adapter, name=name, **shapes))

@@ -1,7 +1,7 @@
 """Merges an adapter's edits into the weights of linear layers, where that is exact.
 
-An affine edit of *all* tokens behind a linear layer `W0 h + b0` is another linear layer: with `M = I + s L^T (W - L)`
-(LoReFT; `W` alone for DiReFT, and so on) its weight is `M W0` and its bias `M b0 + s L^T b`.
+An affine edit of *all* tokens after a linear layer `W0 h + b0` gives another linear layer: with
+`M = I + s L^T (W - L)` (LoReFT; `W` alone for DiReFT, and so on) its weight is `M W0` and its bias `M b0 + s L^T b`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Original:
 
     def __init__(self, linear: nn.Module) -> None:
         self.weight = linear.weight.data
-        # What turns quantized numbers into weights.
+        # What dequantizes the weight.
         self.scales = (
             linear.weight.quant_state if _is_4bit(linear) else _row_scales(linear) if _is_8bit(linear) else None
         )
@@ -44,7 +44,7 @@ class Original:
         return bnb.functional.dequantize_4bit(self.weight, self.scales)
 
     def restore(self, linear: nn.Module) -> None:
-        """Put them back, on the device (and, unless quantized, in the dtype) that the layer has by now."""
+        """Restore weight and bias, on the layer's current device (and, unless quantized, in its current dtype)."""
         device = linear.weight.device
         if _is_4bit(linear):
             linear.weight.data, linear.weight.quant_state = self.weight, self.scales
@@ -61,9 +61,16 @@ class Original:
 
 
 def obstacle(module: nn.Module, positions: str, intervention: Intervention, side_is_output: bool) -> str | None:
-    """Why an adapter cannot be merged into the module it edits, None if it can."""
+    """Why an adapter cannot be merged into the module it edits, None if it can.
+
+    Args:
+        module: the edited module.
+        positions: the position spec of the adapter.
+        intervention: its intervention at the module.
+        side_is_output: whether it edits the module's output.
+    """
     if positions != "all":
-        return f"positions={positions!r} edits some tokens only, but weights act on all of them (positions='all')"
+        return f"positions={positions!r} edits only some tokens, but weights act on all of them (positions='all')"
     if not intervention.affine:
         return f"act_fn={intervention.act_name!r} makes the edit nonlinear"
     if not side_is_output:
@@ -88,7 +95,7 @@ def obstacle(module: nn.Module, positions: str, intervention: Intervention, side
 
 @torch.no_grad()
 def _is_affine(linear: nn.Module) -> bool:
-    """Whether a linear layer computes what merging assumes; subclasses may have a forward pass of their own."""
+    """Whether a linear layer computes what merging assumes; subclasses may override the forward pass."""
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight = linear.weight if isinstance(linear, Conv1D) else linear.weight.mT
@@ -103,19 +110,19 @@ def _is_affine(linear: nn.Module) -> bool:
 
 
 def merge(linear: nn.Module, original: Original, edits: Mapping[str, Edit], safe: bool, where: str) -> None:
-    """Give `linear` the weight and the bias of what it originally was, followed by edits, one after the other.
+    """Set the weight and bias of `linear` to those of the original layer followed by edits, one after the other.
 
-    All edits are rounded (and quantized) together, once.
+    Mutates `linear`. All edits are rounded (and quantized) together, once.
 
     Args:
         linear: the layer.
         original: its weight and bias before anything was merged.
         edits: name of each adapter -> its edit.
         safe: whether to check the result before it replaces anything.
-        where: what messages call the layer.
+        where: name of the layer in messages.
 
     Raises:
-        ValueError: `safe` and the result is not finite; the layer is as it was then.
+        ValueError: `safe` and the result is not finite; the layer is then unchanged.
     """
     weight, bias = _merged(linear, original, list(edits.values()))
     weight, bias = weight.to(_weight_dtype(linear)), bias.to(_weight_dtype(linear))
@@ -144,7 +151,7 @@ def _weight_dtype(linear: nn.Module) -> torch.dtype:
 def _merged(linear: nn.Module, original: Original, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
     dense = original.dense().to(linear.weight.device)
     precise = torch.float32 if dense.device.type == "mps" else torch.float64
-    # A row of `columns` is what the layer puts out for one unit vector, without the bias.
+    # A row of `columns` is the layer's output for one unit vector, without the bias.
     columns = dense.to(precise)
     columns = columns if isinstance(linear, Conv1D) else columns.mT
     zero = columns.new_zeros(1, columns.shape[1])
@@ -172,7 +179,7 @@ def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
             quant_storage=old.quant_storage,
             module=linear,
         )
-        # Moving it, if only to where it is, quantizes it.
+        # `to` quantizes it, even if the device does not change.
         linear.weight = new.to(old.device)
     else:
         _set_int8(linear, *bnb.functional.int8_vectorwise_quant(weight.contiguous())[:2])
@@ -181,7 +188,7 @@ def _set_weight(linear: nn.Module, weight: torch.Tensor) -> None:
 def _set_int8(linear: nn.Module, weight: torch.Tensor, scales: torch.Tensor) -> None:
     import bitsandbytes as bnb
 
-    # The first forward pass takes both over into the layer's state.
+    # The first forward pass moves both into the layer's state.
     linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scales)
 
 
@@ -209,11 +216,11 @@ def _is_8bit(module: nn.Module) -> bool:
     return isinstance(module, bnb.nn.Linear8bitLt) and module.weight.dtype == torch.int8
 
 
-# A merged model as a plain Transformers model: biases have to be where its class would create them.
+# A merged model as a plain Transformers model: biases must be where its class would create them.
 
 
 def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list[str]], dict[str, torch.Size]]:
-    """Options of the model's configuration that make its class create biases which it does not have.
+    """Options of the model's configuration that make its class create missing biases.
 
     Args:
         model: the model.
@@ -240,15 +247,15 @@ def bias_flags(model: PreTrainedModel, biases: set[str]) -> tuple[dict[str, list
     if missing := sorted(biases - created.keys() - plain.keys()):
         others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise ValueError(
-            f"Merging gives {missing[0]!r}{others} a value, but {type(model).__name__} has no such bias and no option "
-            "for it in its configuration, so the merged model would lose it when it is saved and loaded. "
-            "merge_adapter() merges in memory. Adapters trained with use_bias=False need no bias."
+            f"Merging creates {missing[0]!r}{others}, but {type(model).__name__} has no such bias and no option for it "
+            "in its configuration, so saving and loading the merged model would lose it. merge_adapter() merges in "
+            "memory. Adapters trained with use_bias=False need no bias."
         )
     return flags, created
 
 
 def add_biases(model: PreTrainedModel, flags: dict[str, list[str]], created: dict[str, torch.Size]) -> None:
-    """Switch options on, and give the model the biases that come with them, zero where there is none yet."""
+    """Switch the options of `bias_flags` on, and add the biases that they create, as zeros. Mutates the model."""
     _switch_on(model.config, flags)
     for name, shape in created.items():
         module = model.get_submodule(name.rpartition(".")[0])

@@ -11,7 +11,7 @@ from peft_reft import steering, weighted
 
 
 class SteeringMixin:
-    """The methods of `ReftModel` that steer. A `PeftModel` around it hands them on: `model.set_strength("a", 0.5)`."""
+    """The steering methods of `ReftModel`. A `PeftModel` around it forwards them: `model.set_strength("a", 0.5)`."""
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """See [`steering.set_strength`]."""

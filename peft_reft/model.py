@@ -1,4 +1,4 @@
-"""The tuner: attaches ReFT layers to a model, and takes them off again."""
+"""The tuner: attaches ReFT layers to a model, and removes them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class ReftModel(SteeringMixin, BaseTuner):
     """
     Edits hidden representations of a frozen model (ReFT, Wu et al. 2024, https://arxiv.org/abs/2404.03592).
 
-    **The model is changed in place**: every edited module gets a child `reft` and a forward hook, the model itself
-    two hooks and, if it generates, a stand-in for its `generate`; 4-bit layers of bitsandbytes no longer repack their
-    weights on a CPU. `unload()` undoes all of it. No weight of the model changes, and none of its modules is replaced.
+    **The model is changed in place**: every edited module gets a child `reft` and a forward hook; the model and the
+    parts that hold its blocks get a hook and a stand-in for `forward`, a model that generates one for `generate`; 4-bit
+    layers of bitsandbytes no longer repack their weights on a CPU. `unload()` undoes all of it. No weight changes, and
+    no module is replaced.
 
     Args:
         model (`torch.nn.Module`): The model to adapt.
         config ([`ReftConfig`]): The configuration of the adapter.
         adapter_name (`str`): The name of the adapter, `"default"` by default.
-        low_cpu_mem_usage (`bool`, *optional*): Create the adapter's weights on the meta device, to be loaded.
+        low_cpu_mem_usage (`bool`, *optional*): Create the adapter's weights on the meta device, to load them later.
 
     Returns:
         `torch.nn.Module`: The model with the adapter.
@@ -60,12 +61,8 @@ class ReftModel(SteeringMixin, BaseTuner):
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
-    # What stands between the name of an edited module and that of a parameter of its adapters.
+    # The text between the name of an edited module and the name of a parameter of its adapters.
     _markers = re.compile(rf"\.(?:{'|'.join(CHILD_NAMES.values())})\.{prefix}")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT 0.20 calls the model's `forward`, past its hooks.
-        return self.model(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
@@ -77,7 +74,7 @@ class ReftModel(SteeringMixin, BaseTuner):
                 "get_peft_model(model.get_base_model(), config, adapter_name='reft')."
             )
         _refuse_loading_beside_disk(model)
-        # Raises before anything is touched. Kept for the matching that follows, which sees names only.
+        # Raises before the model changes. Kept for the matching that follows, which only sees names.
         self._sites: dict[str, list[Site]] = {}
         for site in find_sites(model, peft_config):
             ReftLayer.at(site)
@@ -90,10 +87,10 @@ class ReftModel(SteeringMixin, BaseTuner):
         return key in self._sites
 
     def _check_target_module_compatiblity(self, peft_config: ReftConfig, model: nn.Module, target_name: str) -> None:
-        """Hooks ask nothing of the module they are on."""
+        """Hooks work on any module."""
 
     def _add_modules_to_save_to_tie(self, peft_config: ReftConfig, tied_weight_keys: list[str]) -> None:
-        """Let PEFT train one copy of the input embedding, which everything that the model ties to it shares."""
+        """Have PEFT train one copy of the input embedding, shared by all modules that the model ties to it."""
         embedding, tied = self.model.get_input_embeddings(), set(tied_weight_keys)
         name = next(name for name, module in named_modules(self.model) if module is embedding)
         saved = [part for part in peft_config.modules_to_save if not any(_ends_with(key, part) for key in tied)]
@@ -109,13 +106,19 @@ class ReftModel(SteeringMixin, BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add an adapter to a model; see PEFT's `BaseTuner.inject_adapter`. Mutates the model.
+
+        Raises:
+            ValueError: the name is not allowed, the config selects nothing in the model, or `state_dict` has weights
+                for modules that the config does not select.
+        """
         _check_name(model, adapter_name)
-        # On a model that has adapters already, PEFT keeps it on the model alone, where another tuner may delete it.
+        # If the model has adapters already, PEFT stores it only on the model, where another tuner may delete it.
         if "peft_config" not in vars(self):
             self.peft_config = self.peft_config
         if state_dict is not None:
             self._check_state_dict(model, self.peft_config[adapter_name], state_dict)
-            # PEFT takes what stands before the prefix for the target; here a child of the target stands there.
+            # PEFT takes the text before the prefix for the target; here it ends with a child of the target.
             state_dict = {self._markers.sub(f".{self.prefix}", key): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
         config = self.peft_config[adapter_name]
@@ -150,7 +153,7 @@ class ReftModel(SteeringMixin, BaseTuner):
         if autocast_adapter_dtype and not _has_reft_alone(self.model):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        # PEFT's own goes through every adapter there is.
+        # PEFT's version visits every adapter.
         for layer in layers(self.model):
             if adapter_name not in layer.reft_intervention:
                 continue
@@ -168,7 +171,7 @@ class ReftModel(SteeringMixin, BaseTuner):
         if not _has_reft_alone(model):
             super()._mark_only_adapters_as_trainable(model)
             return
-        # PEFT's own goes through every adapter there is.
+        # PEFT's version visits every adapter.
         for module in modules_around(model):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -179,25 +182,26 @@ class ReftModel(SteeringMixin, BaseTuner):
             yield
             return
         tracker = Entry.of(self.model).tracker
-        # Threads of a server take turns, from here on as in `generate`.
+        # Threads of a server take turns, as in `generate`.
         with tracker.lock, tracker.asking(RowRequests(names, None)):
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
-        Merge adapters into the weights of the layers behind which they edit; `unmerge_adapter` restores these.
+        Merge adapters into the weights of the linear layers whose output they edit. Mutates the model;
+        `unmerge_adapter` restores the weights.
 
-        Exact for affine edits (no `act_fn`) of all tokens (`positions="all"`) behind a linear layer, up to the rounding
-        of the weights. A layer without a bias gets one. Merged adapters edit in the order in which they were merged,
-        and before those that are not. A copy of the original weights is kept.
+        Exact for affine edits (no `act_fn`) of all tokens (`positions="all"`) after a linear layer, up to the rounding
+        of the weights. A layer without a bias gets one if an edit has a `b`. Merged adapters edit in the order in which
+        they were merged, and before unmerged ones. A copy of the original weights is kept.
 
         Args:
             adapter_names (`list[str]`, *optional*): The adapters, by default the active ones.
             safe_merge (`bool`, *optional*): Check that the new weights are finite before they replace the old ones.
 
         Raises:
-            ValueError: An adapter cannot be merged exactly; the message names the layer and the reason. Nothing has
-                been changed then.
+            ValueError: An adapter cannot be merged exactly; the message names the layer and the reason. The model is
+                then unchanged.
         """
         self._check_exact_merge(adapter_names)
         touched: list[tuple[ReftLayer, list[str]]] = []
@@ -214,31 +218,18 @@ class ReftModel(SteeringMixin, BaseTuner):
             raise
 
     def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the weights again, bit for bit."""
+        """Restore the weights from before merging, bit for bit. The adapters edit as before."""
         for layer in list(layers(self.model)):
             with onload_layer(layer.host):
                 layer.unmerge()
 
     def disable_adapter_layers(self) -> None:
-        """Disable all adapters; merged ones are taken out of the weights."""
+        """Disable all adapters. Merged ones are unmerged first."""
         self.unmerge_adapter()
         super().disable_adapter_layers()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter.
-
-        Raises:
-            ValueError: The adapter is merged, or does not exist.
-        """
-        # PEFT 0.20 does not ask.
-        if any(adapter_name in layer.merged_adapters for layer in layers(self.model)):
-            raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        super().delete_adapter(adapter_name)
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; merged ones are taken out of the weights."""
+        """Set the active adapters. Merged ones are unmerged first, with a warning."""
         if self._merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -259,8 +250,8 @@ class ReftModel(SteeringMixin, BaseTuner):
                 if why is not None:
                     raise ValueError(
                         f"The ReFT adapter {name!r} cannot be merged exactly: at {layer.site_name!r} {why}. Keep the "
-                        "adapter, which costs little, or take it off with unload(). For use_vllm=True of TRL's "
-                        "trainers, make the trainer in `with peft_reft.integrations.trl.vllm_rollouts():`."
+                        "adapter, which costs little, or remove it with unload(). For use_vllm=True in TRL's "
+                        "trainers, create the trainer in `with peft_reft.integrations.trl.vllm_rollouts():`."
                     )
 
     def _tied(self, module: nn.Module) -> str | None:
@@ -300,7 +291,7 @@ class ReftModel(SteeringMixin, BaseTuner):
         if safe_merge:
             self.merge_adapter(adapter_names, safe_merge)
         else:
-            # Nothing can fail any more, so that one layer's original weights at a time are enough.
+            # Nothing can fail from here on, so each layer's original weights can be freed after it is merged.
             for layer in list(layers(self.model)):
                 with onload_layer(layer.host):
                     layer.merge(False, adapter_names)
@@ -314,14 +305,14 @@ class ReftModel(SteeringMixin, BaseTuner):
         return {f"{layer.site_name}.bias" for layer in biased}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Only called to unwrap modules_to_save, and layers of other methods, which stay. PEFT's own method asks for a
+        # Only called to unwrap modules_to_save and layers of other methods, which stay. PEFT's own method needs a
         # `weight`, which many heads lack.
         if not isinstance(child, BaseTunerLayer):
             setattr(parent, child_name, new_module)
 
 
 def _has_reft_alone(model: nn.Module) -> bool:
-    """Whether nothing else that PEFT trains is on the model: other methods, modules to save, trainable tokens."""
+    """Whether the model has no other modules of PEFT: other methods, modules to save, trainable tokens."""
     adapts = (
         module for module in modules_around(model) if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     )
@@ -329,7 +320,7 @@ def _has_reft_alone(model: nn.Module) -> bool:
 
 
 def _warn_of_completion(model: nn.Module, positions: Positions) -> None:
-    """Warn where positions select what comes after the prompt, and a model takes all of its tokens for prompt."""
+    """Warn if positions select only tokens after the prompt, and all tokens of the model are prompt."""
     generates = getattr(model, "can_generate", bool)()
     if not (generates or is_encoder_decoder(model) or positions.only(prompt=True, completion=False).words):
         warnings.warn(
@@ -345,10 +336,10 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
-    """PEFT tells the weights of different methods apart by the names of their adapters, which are names of modules."""
+    """PEFT distinguishes the weights of different methods by the names of their adapters, which are module names."""
     if hasattr(nn.ModuleDict, adapter_name):
         raise ValueError(
-            f"adapter_name={adapter_name!r} cannot be the name of an adapter: adapters stand in an nn.ModuleDict, "
+            f"adapter_name={adapter_name!r} cannot be the name of an adapter: adapters are kept in an nn.ModuleDict, "
             "which has an attribute of that name. Choose another one."
         )
     for module in modules_around(model):
@@ -362,7 +353,7 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def _refuse_loading_beside_disk(model: nn.Module) -> None:
-    # PEFT takes Accelerate's hooks off before it loads an adapter, and puts the model back on disk afterwards.
+    # PEFT removes Accelerate's hooks before it loads an adapter, and offloads the model to disk again afterwards.
     device_map = getattr(model, "hf_device_map", None) or {}
     if "disk" in device_map.values() and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Going through the modules of a model without what adapters added to it: hundreds of them would take long."""
+"""Module traversal that skips adapters, which may number in the hundreds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`; of adapter layers themselves and what they wrap, not their adapters."""
+    """Like `model.named_modules()`, but yields adapter layers and the modules they wrap, not their adapters."""
     waiting, seen = [("", model)], set()
     while waiting:
         name, module = waiting.pop()
@@ -25,7 +25,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the model as it was: wrappers stand for what they wrap; without the model itself."""
+    """Names and modules of the base model without the model itself; wrappers stand for the modules they wrap."""
     inside: tuple[str, ...] = ()
     for name, module in named_modules(model):
         adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
@@ -37,7 +37,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def modules_around(module: nn.Module) -> Iterator[nn.Module]:
-    """As `module.modules()`, of adapter layers only themselves."""
+    """Like `module.modules()`, but does not descend into adapter layers."""
     waiting = [module]
     while waiting:
         module = waiting.pop()
@@ -47,7 +47,7 @@ def modules_around(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device that a module computes on, accelerate's hooks considered; the CPU for one without tensors."""
+    """The device that a module computes on, according to Accelerate's hooks if it has any; the CPU without tensors."""
     hook_devices = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in modules_around(module))
     device = next((device for device in hook_devices if device is not None), None)
     if device is not None:

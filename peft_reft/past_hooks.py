@@ -1,4 +1,4 @@
-"""Edits modules that a model calls past their hooks."""
+"""Edits modules whose `forward` a model calls directly, which skips hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WRAPPED = "_old_forward"
 
 
 class EditedForward(StandIn):
-    """Stands in for the `forward` of a module that the model calls past its hooks, and edits as the hooks would.
+    """Replaces the `forward` of a module that the model calls past its hooks, and edits as the hooks would.
 
     Args:
         module: the module.
@@ -32,7 +32,7 @@ class EditedForward(StandIn):
 
     @classmethod
     def take_from(cls, module: nn.Module, layer: nn.Module) -> None:
-        """Undo what `attach` put on a module for a layer; mutates the module."""
+        """Remove the stand-in of a layer from a module. Mutates the module."""
         # Accelerate's hooks may have moved it.
         for place in ("forward", _WRAPPED):
             outer, stand_in = None, vars(module).get(place)
@@ -46,9 +46,9 @@ class EditedForward(StandIn):
                 outer.replaced = stand_in.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `forward`, its input or output edited."""
+        """The module's `forward`, with its input or output edited."""
         if all(child is not self.layer for child in self.module.children()):
-            # The layer was taken off, but something else that replaced `forward` still calls this.
+            # The layer was removed, but another replacement of `forward` still calls this one.
             return self.original(*args, **kwargs)
         if self.layer.side == INPUT:
             args, kwargs = self.layer.edit_input(self.module, args, kwargs) or (args, kwargs)

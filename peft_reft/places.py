@@ -1,4 +1,4 @@
-"""What a block, or a module in one, is given and puts out: how wide it is, and where the tokens are in it."""
+"""The input and output of a block or of a module in it: its width, and where the tokens are."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from peft_reft.probe import Shapes, axis_of_features, shapes_of, takes_places, t
 from peft_reft.stacks import BlockList
 
 _CONFIGURED = (
-    "the hidden size in the model's configuration. Target a module that tells its own width in target_modules "
+    "the hidden size in the model's configuration. In target_modules, name a module that has its own width "
     "(nn.Linear, nn.Embedding, a normalization layer)"
 )
-_PROBED = "as a pass through a copy of the model without weights tells. Target another module"
-_OWN = "the width that this module tells. Target another module, or, if it is one of yours, correct its out_features"
+_PROBED = "according to a pass through a copy of the model without weights. Target another module"
+_OWN = "the width that this module declares. Target another module or, if it is yours, correct its out_features"
 _REMEDY = (
     "Give it an integer attribute out_features, or target a module that has one (nn.Linear, nn.Embedding, a "
     "normalization layer)."
@@ -31,13 +31,13 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Place:
-    """Hidden representations that a module is given or puts out.
+    """Hidden representations in a module's input or output.
 
     Attributes:
-        features: size of what stands for one token.
+        features: size of the representation of one token.
         layout: where the tokens are, None for `[batch, tokens, features]`.
-        reason: why that is the layout, a clause.
-        told_by: what tells `features`, and what to do if that is wrong; an apposition.
+        reason: the reason for the layout, a clause.
+        told_by: the source of `features`, and what to do if it is wrong; an apposition.
     """
 
     features: int
@@ -47,7 +47,7 @@ class Place:
 
 
 class Places:
-    """What the blocks of one stack are given and put out.
+    """The inputs and outputs of the blocks of one stack.
 
     Args:
         model: the model that holds the stack.
@@ -60,10 +60,10 @@ class Places:
         self._shapes: list[Shapes] | None = None
 
     def of_block(self, index: int, side: str) -> Place:
-        """What a block is given (`side="input"`) or puts out.
+        """The input (`side="input"`) or the output of a block.
 
         Raises:
-            ValueError: how wide that is cannot be told.
+            ValueError: its width is unknown.
         """
         blocks, owner = self.blocks, self.blocks.owner[1]
         placement = _placement(blocks, index)
@@ -80,13 +80,13 @@ class Places:
         return Place(width * placement.streams, placement.layout, placement.reason)
 
     def of_part(self, index: int, name: str, module: nn.Module) -> Place:
-        """What a module in a block puts out, `name` being its dotted name in the model.
+        """The output of a module in a block; `name` is its dotted name in the model.
 
         Raises:
-            ValueError: how wide that is cannot be told.
+            ValueError: its width is unknown.
         """
         if own_width(module) is None and _placement(self.blocks, index) is None and self._in_places():
-            # Where no pass tells: its sum with the block's input is what the block puts out.
+            # Without a probe: the block adds it to its input, so both have the width of the block's output.
             return self._probed(name, OUTPUT) or replace(self.of_block(index, OUTPUT), layout=None)
         place = _place(name, module, self.blocks.owner[1])
         placement = _placement(self.blocks, index)
@@ -103,7 +103,7 @@ class Places:
         return "it is one of convolutions, and nothing tells where the tokens are in what they put out"
 
     def _probed(self, name: str, side: str) -> Place | None:
-        """What a pass without numbers tells of a module."""
+        """The input or output of a module according to a pass on the meta device."""
         if self._shapes is None:
             self._shapes = self._probe()
         shapes = [found[name, side] for found in self._shapes if (name, side) in found]
@@ -117,14 +117,14 @@ class Places:
         return Place(features, Axes(order), "its blocks work on features before places", _PROBED)
 
     def _in_places(self) -> bool:
-        """Whether the innermost model around the stack that takes input of its own takes no tokens."""
+        """Whether the innermost model around the stack that takes inputs takes an image or a sound, not tokens."""
         for _, part in self._around():
             if takes_places(part) or takes_tokens(part):
                 return not takes_tokens(part)
         return False
 
     def _probe(self) -> list[Shapes]:
-        """By the innermost model around the stack that runs on its own."""
+        """The shapes, from a pass of the innermost model around the stack that runs alone."""
         for prefix, part in self._around():
             if not takes_places(part):
                 continue
@@ -157,10 +157,10 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def place_outside(model: nn.Module, name: str, module: nn.Module) -> Place:
-    """What a module outside of all blocks puts out.
+    """The output of a module outside of all blocks.
 
     Raises:
-        ValueError: how wide that is cannot be told.
+        ValueError: its width is unknown.
     """
     return _place(name, module, model)
 
@@ -177,7 +177,7 @@ def _place(name: str, module: nn.Module, model: nn.Module) -> Place:
 
 
 def _untold(name: str, module: nn.Module) -> str:
-    return f"The width of the output of {name!r} ({type(module).__name__}) cannot be told. {_REMEDY}"
+    return f"The width of the output of {name!r} ({type(module).__name__}) is unknown. {_REMEDY}"
 
 
 def _placement(blocks: BlockList, index: int) -> Placement | None:
@@ -186,7 +186,7 @@ def _placement(blocks: BlockList, index: int) -> Placement | None:
 
 
 def is_called_past_hooks(model: nn.Module, blocks: BlockList) -> bool:
-    """Whether the module that holds a list of blocks calls their `forward` itself, as the code of its own tells."""
+    """Whether the module that holds a list of blocks calls their `forward` directly, according to its bytecode."""
     holder = model.get_submodule(blocks.name.rpartition(".")[0])
     return _names_forward(type(holder))
 
@@ -199,14 +199,14 @@ def _names_forward(module_class: type[nn.Module]) -> bool:
 
 
 def hidden_size(model: PreTrainedModel) -> int | None:
-    """Width of a model's hidden representations, None if its configuration does not tell one."""
+    """Width of a model's hidden representations, None if its configuration does not have one."""
     config = model.config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd", "dim"))
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def own_width(module: nn.Module) -> int | None:
-    """Width of a module's output, None if its type does not tell it."""
+    """Width of a module's output, None if its type does not determine it."""
     for attribute in ("out_features", "embedding_dim", "nf"):
         if isinstance(width := getattr(module, attribute, None), int):
             return width
@@ -216,6 +216,6 @@ def own_width(module: nn.Module) -> int | None:
         return next((width for child in reversed(module) if (width := own_width(child)) is not None), None)
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.dim() == 1 and next(named_base_modules(module), None) is None:
-        # DeepSpeed's ZeRO-3 holds none of it here and keeps the shape beside it.
+        # DeepSpeed's ZeRO-3 leaves it empty here and keeps its shape in `ds_shape`.
         return getattr(weight, "ds_shape", weight.shape)[0]
     return None

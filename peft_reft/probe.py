@@ -1,7 +1,7 @@
-"""Shapes of what the modules of a vision or audio model are given and put out, by a pass without numbers.
+"""Input and output shapes of the modules of a vision or audio model, found by a pass on the meta device.
 
 Such models have blocks of different widths, and grids of places, features first or last. Neither their structure nor
-their configurations tell that in one way, so a copy of the model without weights runs once on the meta device.
+their configurations say so in a uniform way, so a copy of the model without weights runs on the meta device.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def takes_tokens(model: PreTrainedModel) -> bool:
 
 
 def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
-    """Shapes at the blocks of these names in a model, and of what any module in it puts out: for an input as its
-    configuration tells, and for a larger one if the model takes one. Empty if it does not run without numbers.
+    """Shapes at the blocks of these names in a model, and of the output of every module in them: for an input of the
+    configured size, and for larger ones if the model takes them. Empty if the model does not run on the meta device.
     """
     try:
         key = (type(model), repr(model.config), tuple(names))
@@ -47,7 +47,7 @@ def shapes_of(model: PreTrainedModel, names: Sequence[str]) -> list[Shapes]:
             _found[key] = list(_runs(twin, names))
         return _found[key]
     except Exception:
-        # Models that look at numbers while they run, or at packages that are not there.
+        # Models whose code depends on values of tensors, or on packages that are not installed.
         return []
 
 
@@ -70,7 +70,7 @@ def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
         whole = False
         for inputs in group:
             found.clear()
-            # What fails behind the blocks does not matter.
+            # A failure after the blocks does not matter.
             with suppress(Exception), torch.no_grad():
                 twin(**inputs)
             if found.keys() >= outputs:
@@ -81,7 +81,7 @@ def _runs(twin: PreTrainedModel, names: Sequence[str]) -> Iterator[Shapes]:
 
 
 def _inputs(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Inputs to try, in groups of which one is enough: the first of a group as large as told, the others larger."""
+    """Inputs to try, in groups of which one is enough: the first of a group has the configured size, the rest more."""
     name, config = model.main_input_name, model.config
     channels = _told(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
@@ -106,10 +106,10 @@ def _told(config: PreTrainedConfig, *names: str, default: Any) -> Any:
 
 
 def axis_of_features(shape: tuple[int, ...], larger: tuple[int, ...] | None) -> int:
-    """Which axis holds features, given a shape and that for a larger input (None where there is none)."""
+    """Which axis holds features, given a shape and the shape for a larger input (None if there is none)."""
     last = len(shape) - 1
     if larger is not None and len(larger) == len(shape):
         steady = [axis for axis in range(1, len(shape)) if shape[axis] == larger[axis]]
         return steady[0] if len(steady) == 1 else last
-    # Images are square.
+    # The inputs are square images.
     return 1 if len(shape) == 4 and shape[2] == shape[3] != shape[1] else last

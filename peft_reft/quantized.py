@@ -1,7 +1,7 @@
 """Keeps the 4-bit layers of bitsandbytes differentiable on a CPU.
 
 On CPUs with AVX512-BF16, a `Linear4bit` in evaluation mode repacks its weights in place for a kernel without a
-gradient, as soon as an input comes that asks for none (bitsandbytes 0.50). It never packs them back for training: later
+gradient, at the first input that needs no gradient (bitsandbytes 0.50). It never unpacks them for training: later
 passes seem to work, but no gradient flows through the layer, and `state_dict()` can mix up the scales.
 """
 
@@ -19,10 +19,10 @@ _PACKED_BEFORE = "_reft_packed_before"
 def forbid_packing(model: nn.Module) -> None:
     """Keep 4-bit layers from repacking their weights, and unpack those that have done so. Mutates the layers.
 
-    What packing has lost stays lost: the scale of every block of weights (64 by default) was rounded to bfloat16.
+    Packing loses precision for good: it rounds the scale of every block of weights (64 by default) to bfloat16.
 
     Raises:
-        RuntimeError: weights are packed, and this version of bitsandbytes does not say how to unpack them.
+        RuntimeError: weights are packed, and this version of bitsandbytes has no function that unpacks them.
     """
     packed = []
     for module in model.modules():
@@ -43,7 +43,7 @@ def forbid_packing(model: nn.Module) -> None:
 
 
 def allow_packing(model: nn.Module) -> None:
-    """Undo `forbid_packing`."""
+    """Undo `forbid_packing`: layers may repack their weights again. Mutates the layers."""
     for module in model.modules():
         if module.__dict__.pop(_PACKED_BEFORE, False):
             setattr(module, PACKS, True)
@@ -63,8 +63,8 @@ def _unpack(module: nn.Module) -> None:
             "cannot unpack them. Load the model again and add the adapter before the first evaluation."
         ) from error
     weight, state = module.weight, module.weight.quant_state
-    # Left to itself it would quantize the rounded scales once more, or leave them transposed where they were not
-    # quantized to begin with. They are stored as [blocks of a row, rows].
+    # Otherwise `unpacked` would quantize the rounded scales again, or leave them transposed if they were not
+    # quantized before. They are stored as [blocks of a row, rows].
     state.original_nested = False
     weight.data, state = unpacked(weight.data, state)
     state.absmax = state.absmax.T.reshape(-1).float()

@@ -1,7 +1,7 @@
-"""Imports PEFT without a warning about a kernel that adapters of this package do not let bitsandbytes use.
+"""Imports PEFT without a warning about a bitsandbytes kernel that this package disables.
 
-PEFT imports bitsandbytes where it is installed, which then says "Failed to load CPU gemm_4bit_forward" on CPUs with
-AVX512-BF16: the kernel without a gradient of `quantized.forbid_packing`.
+PEFT imports bitsandbytes if it is installed. On CPUs with AVX512-BF16, bitsandbytes then logs "Failed to load CPU
+gemm_4bit_forward": the kernel without a gradient that `quantized.forbid_packing` disables.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def ensure_peft_type() -> PeftType:
         where = f"{owner.__module__}.{owner.__qualname__}" if owner is not None else "an unknown package"
         raise ImportError(
             f"PeftType.{NAME} already exists and belongs to {where}, so peft_reft cannot register its own. "
-            "Uninstall or do not import one of the two, or use a PEFT version without a ReFT of its own."
+            "Uninstall or do not import one of the two, or use a PEFT version without its own ReFT."
         )
     return member
 
@@ -52,10 +52,10 @@ def _add_peft_type() -> PeftType:
 
 
 def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], layer_cls: type[BaseTunerLayer]) -> None:
-    """Enter the method's classes into PEFT's registries; safe to call again, the last classes win."""
+    """Register the method's classes with PEFT. Safe to call again: the last classes win."""
     peft_type = ensure_peft_type()
     for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         registry.pop(peft_type, None)
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
-    # `rescale_adapter_scale` asks for LoRA's layers by class, and needs of them what `layer_cls` has too.
+    # `rescale_adapter_scale` looks for LoRA's layers by class; `layer_cls` has all the methods that it calls.
     helpers.LoraLayer = (LoraLayer, layer_cls)

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-# Programs that something is registered with before they run: name of their package -> the module that does it.
+# Name of a program's package -> the module that registers ReFT with it.
 _INTEGRATIONS = {"lm_eval": "peft_reft.integrations.lm_eval"}
 _STARTUP = Path(__file__).parent / "startup"
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> Any:
         What a console script returns; its exit code, as `sys.exit` takes it.
 
     Raises:
-        SystemExit: there is no such program, or the program exits so.
+        SystemExit: there is no such program, or the program raises it.
     """
     import peft_reft  # noqa: F401  registers ReFT
 
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> Any:
     if start is None:
         raise SystemExit(
             f"There is no program {name!r} to run: no console script of an installed package, no file and no module "
-            "that can be run has this name. If it is a program of another environment, install peft-reft there."
+            "that can be run has this name. If the program is in another environment, install peft-reft there."
         )
     _for_child_processes()
     sys.argv = [name, *rest]
@@ -55,7 +55,7 @@ def _file(name: str) -> Callable[[], Any] | None:
     path = Path(name)
     if not path.is_file() and not (path / "__main__.py").is_file():
         return None
-    # Where `python FILE` looks for modules first.
+    # As `python FILE` does.
     sys.path.insert(0, str((path if path.is_dir() else path.parent).resolve()))
     return lambda: _main(runpy.run_path, name)
 
@@ -73,7 +73,7 @@ def _script(name: str) -> Callable[[], Any] | None:
 
 
 def _module(name: str) -> Callable[[], Any] | None:
-    # Where `python -m` looks for modules first; the command `peft-reft` does not.
+    # As `python -m` does, unlike the command `peft-reft`.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     try:
@@ -91,7 +91,7 @@ def _main(start: Callable[..., Any], name: str, **options: Any) -> None:
 
 
 def _integrate(module: str) -> None:
-    """Register what is made for a program."""
+    """Import the integration for a program, if there is one."""
     if (integration := _INTEGRATIONS.get(module.partition(".")[0])) is not None:
         importlib.import_module(integration)
 

@@ -1,4 +1,4 @@
-"""Scaling the adapters of one layer, by the names that LoRA's layers give it in PEFT."""
+"""Scaling the adapters of one layer, with the method names of LoRA's layers in PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft_reft.edits import AdapterSettings, finite
 
 
 class Scaling(Mapping[str, float]):
-    """Name of each adapter of a layer -> factor of its edits, as they are now: adapters that are deleted leave it."""
+    """Live view of a layer's scaling factors: name of each adapter -> factor of its edits."""
 
     def __init__(self, settings: Mapping[str, AdapterSettings]) -> None:
         self._settings = settings
@@ -26,12 +26,12 @@ class Scaling(Mapping[str, float]):
         return repr(self.copy())
 
     def copy(self) -> dict[str, float]:
-        """The factors of this moment."""
+        """The current factors, as a dictionary."""
         return dict(self)
 
 
 class ScaledAdapters:
-    """What `ReftLayer` has in common with LoRA's layers where these are scaled, as `rescale_adapter_scale` does."""
+    """The scaling methods that `ReftLayer` shares with LoRA's layers, so that `rescale_adapter_scale` works."""
 
     reft_settings: dict[str, AdapterSettings]
     merged_adapters: list[str]
@@ -39,7 +39,7 @@ class ScaledAdapters:
 
     @property
     def scaling(self) -> Scaling:
-        """Name of each adapter -> factor of its edits, as in LoRA's layers. Setting it keeps the names left out."""
+        """Name of each adapter -> factor of its edits, as in LoRA's layers. Assigning changes only the given names."""
         return Scaling(self.reft_settings)
 
     @scaling.setter
@@ -68,13 +68,22 @@ class ScaledAdapters:
             )
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the factor of each active adapter's edits by `scale`."""
+        """Multiply the factor of each active adapter's edits by `scale`.
+
+        Raises:
+            TypeError, ValueError: see `set_scale`.
+        """
         for name in self.active_adapters:
             if name in self.reft_settings:
                 self.set_scale(name, self.reft_settings[name].strength * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factor of each active adapter's edits by `scale`; None sets it to 1 again."""
+        """Divide the factor of each active adapter's edits by `scale`; None resets it to 1.
+
+        Raises:
+            TypeError, ValueError: see `set_scale`.
+            ZeroDivisionError: `scale` is 0.
+        """
         for name in self.active_adapters:
             if name in self.reft_settings:
                 self.set_scale(name, 1.0 if scale is None else self.reft_settings[name].strength / scale)

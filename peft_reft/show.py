@@ -1,6 +1,6 @@
-"""The command `peft-reft show`: what a saved adapter is, and which tokens of a text it edits.
+"""The command `peft-reft show`: summarizes a saved adapter, and marks the tokens of a text that it edits.
 
-Of the base model only the configuration and the tokenizer are read, no weights.
+It reads the configuration and the tokenizer of the base model, no weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CLASSES = AUTO_CLASSES | {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", None: "AutoM
 
 
 def show(adapter: str, text: str | None = None, base_model: str | None = None, chat: bool = False) -> None:
-    """Print a line about a saved adapter, and a text with the tokens marked that it edits.
+    """Print a summary of a saved adapter, and a text with the edited tokens marked.
 
     Args:
         adapter: its folder or hub id.
@@ -32,11 +32,12 @@ def show(adapter: str, text: str | None = None, base_model: str | None = None, c
         chat: whether the text is a user's message, for the chat template of the tokenizer.
 
     Raises:
-        ValueError: no ReFT adapter, or no base model is known.
+        ValueError: `adapter` is not a ReFT adapter, or its base model is unknown.
+        OSError: the adapter or the base model is not found.
     """
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, ReftConfig):
-        raise ValueError(f"{adapter} is an adapter of {config.peft_type}, not of ReFT.")
+        raise ValueError(f"{adapter} is a {config.peft_type} adapter, not a ReFT adapter.")
     base = base_model or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{adapter} does not name its base model; give it (--base-model).")

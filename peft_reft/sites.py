@@ -1,4 +1,4 @@
-"""Where a model can be edited: from layers and a component, or from module names, to modules and their widths."""
+"""Finds the modules to edit and their widths, from layers and components or from module names."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Site:
     Attributes:
         name: its dotted name in the model.
         module: the module.
-        place: how wide what is edited is, and where the tokens are in it.
+        place: the width of what is edited, and where the tokens are in it.
         stream: the stream of tokens that passes through it, `"decoder"` or, in the encoder of an encoder-decoder
             model, `"encoder"`.
         side: whether its `"output"` or its `"input"` is edited.
         index: number of the block that it is, or is in.
         depth: number of blocks there.
         is_block: whether it is a block itself, rather than in one.
-        past_hooks: whether the model calls its `forward`, past its hooks.
+        past_hooks: whether the model calls its `forward` directly, past its hooks.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Site:
 
 
 def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
-    """The modules that a config asks to edit.
+    """The modules that a config selects in a model.
 
     Raises:
-        ValueError: the model has no blocks to find, a layer does not exist, nothing matches, a width cannot be told,
-            or `r` is larger than a width.
+        ValueError: the model has no blocks, a layer does not exist, nothing matches, a width is unknown, `r` is larger
+            than a width, or `positions` can select no token at a module.
     """
     find = _block_sites if config.target_modules is None else _named_sites
     sites = _each_once(find(model, block_lists(model), config), model)
@@ -70,7 +70,7 @@ def find_sites(model: nn.Module, config: ReftConfig) -> list[Site]:
 
 
 def _each_once(sites: list[Site], model: nn.Module) -> list[Site]:
-    """The sites by the names that modules have in the model; several layers may share one (Zamba)."""
+    """The sites, each module once and under its name in the model; several layers may share a module (Zamba)."""
     names = {module: name for name, module in named_modules(model)}
     once = {(site.module, site.side): site for site in reversed(sites)}
     shared = [replace(site, name=names.get(module, site.name)) for (module, _), site in once.items()]
@@ -91,14 +91,14 @@ def _check_has_tokens(site: Site, config: ReftConfig) -> None:
     layout = site.place.layout
     if layout is not None and not layout.maps_tokens and config.parsed_positions.needs_prompt:
         raise ValueError(
-            f"positions={config.positions!r} has no meaning at {site.name!r}: of this model, {site.place.reason}. Edit "
+            f"positions={config.positions!r} has no meaning at {site.name!r}: in this model, {site.place.reason}. Edit "
             "everything there (positions='all'), or choose other layers or modules (layers_to_transform, "
             "target_modules)."
         )
 
 
 def _reached(model: nn.Module, sites: list[Site], config: ReftConfig) -> list[Site]:
-    """Those sites where `positions` can select a token."""
+    """The sites where `positions` can select a token."""
     edited, streams = _edited_streams(model, config), _streams_by_module(model)
     reached = [site for site in sites if streams.get(site.module) in (None, *edited)]
     if not reached:
@@ -122,7 +122,7 @@ def _without_left_out(sites: list[Site], config: ReftConfig) -> list[Site]:
 
 
 def _streams_by_module(model: nn.Module) -> dict[nn.Module, str]:
-    # The encoder last: some decoders hold it too.
+    # The encoder last, because some decoders hold it too.
     parts = reversed(streams_of(model).items())
     return {module: stream for stream, part in parts for _, module in named_modules(part)}
 
@@ -149,10 +149,10 @@ def _block_sites(model: nn.Module, lists: list[BlockList], config: ReftConfig) -
 
 
 def _no_blocks(model: nn.Module) -> str:
-    """What is missing in a model without blocks, the end of a sentence."""
+    """The end of a sentence that says what a model without blocks lacks."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        return f"the blocks of a Transformers model, but none were found in {kind}, which is another module."
+        return f"the blocks of a Transformers model, but {kind} is not a Transformers model."
     return (
         f"the blocks of a Transformers model, but none were found in {kind}: no nn.ModuleList in it has modules whose "
         "outputs are recorded as hidden states, that are checkpointed one by one, or that all have parts."
@@ -160,7 +160,7 @@ def _no_blocks(model: nn.Module) -> str:
 
 
 def _the_stacks(model: nn.Module, lists: list[BlockList]) -> list[BlockList]:
-    """Those stacks, if there is no doubt which are meant.
+    """The stacks, if they are unambiguous.
 
     Raises:
         ValueError: several parts of the model have a stack for the same tokens.
@@ -205,7 +205,7 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
 
 
 def _part(stack: BlockList, index: int, component: str) -> Part | str:
-    """A component of a block, or why it has none; names in it are those in the block."""
+    """A component of a block, or the reason why the block has none; its name is relative to the block."""
     block = stack.blocks[index]
     told = parts_of_block(block)
     if component in told:
@@ -318,7 +318,7 @@ def _home(homes: list[BlockList], name: str) -> tuple[BlockList | None, int | No
 
 
 def matches(patterns: str | Iterable[str] | None, name: str) -> bool:
-    """Whether a name is what a regular expression, or one of a list of names and endings, asks for."""
+    """Whether a name matches a regular expression (string), or one of a list of names and their endings."""
     if not patterns:
         return False
     if isinstance(patterns, str):

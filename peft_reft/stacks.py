@@ -13,23 +13,23 @@ from peft_reft.components import DECODER, ENCODER, has_output
 from peft_reft.families import has_loose_layers, stack_of
 from peft_reft.modules import named_modules
 
-# How much tells that a list is one of blocks: Transformers records hidden states there; it checkpoints the modules one
-# by one; their parts have parts.
+# How strong the evidence is that a list holds blocks: Transformers records hidden states there; it checkpoints the
+# modules one by one; their parts have parts.
 _RECORDED, _CHECKPOINTED, _NESTED = 3, 2, 1
 _List = nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True, eq=False)
 class BlockList:
-    """The stack of blocks of a (part of a) model.
+    """The stack of blocks of a model or of a part of one.
 
     Attributes:
-        name: dotted name of the `nn.ModuleList`, or `nn.Sequential`.
-        blocks: the blocks, in the order of their numbers. Those of a list of lists are numbered through.
+        name: dotted name of the `nn.ModuleList` or `nn.Sequential`.
+        blocks: the blocks, in the order of their numbers, which count through lists of lists.
         names: their dotted names.
         owner: name and module of the Transformers model that it belongs to.
         stream: see `Site`.
-        is_loose: whether the model has no blocks, but lists of their parts; `blocks` are the last of these.
+        is_loose: whether the model has lists of the parts of its layers in place of blocks; `blocks` is the last list.
     """
 
     name: str
@@ -48,13 +48,14 @@ class BlockList:
 def block_lists(model: nn.Module) -> list[BlockList]:
     """The stacks of blocks of a Transformers model: one, or an encoder's and a decoder's. Empty for anything else.
 
-    Of a multimodal model they are those of the part with the text configuration. Within a part of the model that has
-    its own stream of tokens, the stack is, in this order: what `families.stack_of` names; the list that Transformers
-    records hidden states from (`_can_record_outputs`); the list of modules that it checkpoints one by one; a list of
-    modules whose parts have parts. Each of these is looked for in the models of the part's own configuration, then in
-    the one that holds the input embeddings, then in any. Where there is none, it is an `nn.Sequential` of modules whose
-    parts have parts, else a list of modules that have parts. Of several such lists it is the one with the most
-    parameters, or all that have as many. Where several models within the part have one each, all are returned.
+    In a multimodal model, only the part with the text configuration counts. Within a part of the model that has its own
+    stream of tokens, the stack is, in this order: what `families.stack_of` names; the list that Transformers records
+    hidden states from (`_can_record_outputs`); the list of modules that it checkpoints one by one; a list of modules
+    whose parts have parts. Recorded and checkpointed lists are searched in the models of the part's own configuration,
+    then in the one that holds the input embeddings, then in all. Without such a list, it is an `nn.Sequential` of
+    modules whose parts have parts, else a list of modules that have parts. Among several such lists, the one with the
+    most parameters is chosen, or all with the same number. If several models within the part have a list, all are
+    returned.
     """
     return _Search(model).lists() if isinstance(model, PreTrainedModel) else []
 
@@ -69,7 +70,7 @@ def only_block_list(model: nn.Module) -> BlockList:
     if len(found) != 1:
         names = ", ".join(repr(block_list.name) for block_list in found) or "none"
         raise ValueError(
-            f"Layers are numbered here in the one stack of blocks of a model, but {type(model).__name__} has {names}. "
+            f"Layers are numbered here in a model's only stack of blocks, but {type(model).__name__} has {names}. "
             "Encoder-decoder models and models without a stack are not supported for this."
         )
     return found[0]
@@ -86,7 +87,7 @@ def streams_of(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     text = _text_part(model)
     if not getattr(text.config, "is_encoder_decoder", False) or (encoder := text.get_encoder()) is text:
-        # Decoder-only classes of encoder-decoder families return themselves as encoder.
+        # Decoder-only classes of encoder-decoder families return themselves as the encoder.
         return {DECODER: text}
     return {ENCODER: encoder, DECODER: text.get_decoder()}
 
@@ -98,7 +99,7 @@ def _text_part(model: PreTrainedModel) -> PreTrainedModel:
     if text_config is model.config or getattr(model.config, "is_encoder_decoder", False):
         return model
     parts = (module for _, module in named_modules(model) if isinstance(module, PreTrainedModel))
-    # A tower alone (CLIPForImageClassification) has the configuration of all of them.
+    # A class with one tower (CLIPForImageClassification) has the configuration of the whole model.
     return next((part for part in parts if type(part.config) is type(text_config)), model)
 
 
@@ -176,7 +177,7 @@ class _Search:
     def _block_list(self, blocks: _List, stream: str) -> BlockList:
         name, flat = self.names[blocks], _flat(blocks)
         if not all(map(_is_nested, flat)) and any(map(_is_checkpointed, flat)):
-            # Between the blocks of vision models stand embeddings of patches.
+            # Vision models have patch embeddings between their blocks.
             flat = [block for block in flat if _is_checkpointed(block)]
         names = tuple(self.names[block] for block in flat)
         owner = innermost_model(self.model, name)
@@ -184,12 +185,12 @@ class _Search:
 
 
 def _outermost_lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """Lists of modules whose parts have parts themselves, or of which some are checkpointed one by one."""
+    """Outermost lists of modules whose parts have parts, or some of which are checkpointed one by one."""
     return _outermost(model, nn.ModuleList, lambda flat: all(map(_is_nested, flat)) or any(map(_is_checkpointed, flat)))
 
 
 def _other_lists(tower: nn.Module, seen: set[nn.Module]) -> list[_List]:
-    """Where no `nn.ModuleList` certainly holds blocks: the next best lists."""
+    """The next best lists, for models in which no `nn.ModuleList` certainly holds blocks."""
     if any(isinstance(part, PreTrainedModel) and has_loose_layers(part) for _, part in named_modules(tower)):
         return []
     found = list(_outermost(tower, nn.Sequential, lambda flat: len(flat) > 1 and all(map(_is_nested, flat))))
@@ -208,9 +209,9 @@ def _outermost(model: nn.Module, kind: type[nn.Module], fits: Callable[[list[nn.
 
 
 def _flat(blocks: _List) -> list[nn.Module]:
-    """The modules of a list, those of lists in it numbered through."""
+    """The modules of a list and of the lists in it, in order."""
     flat = [block for entry in blocks for block in (entry if isinstance(entry, nn.ModuleList) else [entry])]
-    # Some lists have nothing at the places of some layers.
+    # Some lists hold None for some layers.
     return [block for block in flat if block is not None]
 
 
@@ -238,7 +239,7 @@ def _recorded_classes(model: PreTrainedModel) -> tuple[type, ...]:
 
 
 def _largest(lists: list[_List], owners: Mapping[_List, PreTrainedModel]) -> Iterator[_List]:
-    """Those lists of each owner that hold the most parameters."""
+    """The lists of each owner that hold the most parameters."""
     sizes = {blocks: _parameter_count(blocks) for blocks in lists}
     for blocks in lists:
         if sizes[blocks] == max(sizes[other] for other in lists if owners.get(other) is owners.get(blocks)):

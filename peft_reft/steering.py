@@ -1,6 +1,6 @@
-"""Reading, setting and scaling what adapters edit: functions on any model that carries ReFT adapters.
+"""Functions that scale, read and set the edits of adapters, on any model that carries ReFT adapters.
 
-The model may be a PEFT model, or one that adapters were added to by Transformers' `add_adapter` or PEFT's
+The model may be a PEFT model, a model with adapters from Transformers' `add_adapter` or PEFT's
 `inject_adapter_in_model`, or a module around one. `ReftModel`, and a PEFT model around it, have the same functions as
 methods.
 """
@@ -21,9 +21,12 @@ from peft_reft.layer import ReftLayer, layers
 
 
 def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
-    """Scale the edits of an adapter: 0 is the base model exactly, 1 the adapter as trained, more extrapolates.
+    """Scale the edits of an adapter. Mutates the model; the strength is not saved with the adapter.
 
-    Not saved with the adapter.
+    Args:
+        model: see above.
+        adapter_name: the adapter.
+        strength: factor of its edits: 0 is the base model exactly, 1 the adapter as trained, more extrapolates.
 
     Raises:
         TypeError: `strength` is no number.
@@ -38,7 +41,7 @@ def get_strength(model: nn.Module, adapter_name: str) -> float:
     """The factor of an adapter's edits, 1 unless it was set.
 
     Raises:
-        ValueError: there is no such adapter, or its layers have different ones (`ReftLayer.set_scale`).
+        ValueError: there is no such adapter, or its layers have different factors (`ReftLayer.set_scale`).
     """
     found = {layer.site_name: layer.scaling[adapter_name] for layer in layers_with(model, adapter_name)}
     if len(set(found.values())) > 1:
@@ -48,8 +51,8 @@ def get_strength(model: nn.Module, adapter_name: str) -> float:
 
 @contextmanager
 def rescaled(model: nn.Module, adapter_name: str, strength: float) -> Iterator[None]:
-    """`set_strength` for the length of a `with` block; adapters may come and go in it."""
-    # The settings themselves: by its name, an adapter may be gone at the end, or be another one.
+    """`set_strength` within a `with` block, in which adapters may be added and deleted; same arguments and errors."""
+    # The settings objects, not the name: at the end the adapter may be deleted, or its name reused.
     before = [(settings, settings.strength) for settings in _settings_of(model, adapter_name)]
     set_strength(model, adapter_name, strength)
     try:
@@ -60,12 +63,17 @@ def rescaled(model: nn.Module, adapter_name: str, strength: float) -> Iterator[N
 
 
 def set_subspaces(model: nn.Module, adapter_name: str, names: str | Sequence[str] | None) -> None:
-    """Edit (and train) only the named ones of an adapter's `subspaces`, from now on; None for all of them.
+    """Edit (and train) only the named `subspaces` of an adapter, from now on. Mutates the model, not what is saved.
 
-    Not saved with the adapter. Where a method has orthonormal rows, all subspaces share one frame, whose later rows
-    are orthogonalized against the earlier ones, in alphabetical order of their names. So training one subspace turns
-    those after it, and leaves those before it as they are. For the latter take a new optimizer for each, without
-    weight decay: momentum and decay move parameters whose gradients are zero.
+    If a method has orthonormal rows, all subspaces share one frame: its later rows are orthogonalized against the
+    earlier ones, in alphabetical order of the names. So training one subspace rotates the subspaces after it, but not
+    those before it. To keep the latter fixed, use a new optimizer for each subspace, without weight decay: momentum and
+    decay move parameters whose gradients are zero.
+
+    Args:
+        model: see above.
+        adapter_name: the adapter.
+        names: names in the config's `subspaces`; None for all of them.
 
     Raises:
         ValueError: there is no such adapter, it is merged, or it has no such subspace.
@@ -83,7 +91,7 @@ def set_subspaces(model: nn.Module, adapter_name: str, names: str | Sequence[str
 
 @contextmanager
 def use_subspaces(model: nn.Module, adapter_name: str, names: str | Sequence[str] | None) -> Iterator[None]:
-    """`set_subspaces` for the length of a `with` block; adapters may come and go in it."""
+    """`set_subspaces` within a `with` block, in which adapters may be added and deleted; same arguments and errors."""
     before = [(settings, settings.coordinates) for settings in _settings_of(model, adapter_name)]
     set_subspaces(model, adapter_name, names)
     try:
@@ -94,9 +102,10 @@ def use_subspaces(model: nn.Module, adapter_name: str, names: str | Sequence[str
 
 
 def projection(model: nn.Module, adapter_name: str, layer: int | str) -> torch.Tensor:
-    """All of what an adapter edits at a layer, as orthonormal rows: `R` of the papers.
+    """The whole subspace that an adapter edits at a layer, as orthonormal rows: `R` in the papers.
 
-    Its named parts are the config's `subspaces`, in alphabetical order: `projection(...)[config.coordinates[name]]`.
+    The named `subspaces` of the config are its rows in alphabetical order:
+    `projection(...)[config.coordinates[name]]`.
 
     Args:
         model: see above.
@@ -104,11 +113,11 @@ def projection(model: nn.Module, adapter_name: str, layer: int | str) -> torch.T
         layer: number of the block, from the end if negative, or the name of the edited module (or its ending).
 
     Returns:
-        float32 `[r, d]`; `[units, r, d]` when the words of `positions` have weights of their own. Of methods without
-        orthonormal rows an orthonormal basis of the span.
+        float32 `[r, d]`; `[units, r, d]` with `share_weights=False`. For methods without orthonormal rows it is an
+        orthonormal basis of their span.
 
     Raises:
-        ValueError: no such adapter or layer, several places at that layer, or a method without a subspace.
+        ValueError: no such adapter or layer, several edited modules at that layer, or a method without a subspace.
     """
     intervention = _low_rank(adapter_name, _layer(model, adapter_name, layer))
     with torch.no_grad():
@@ -119,22 +128,22 @@ def projection(model: nn.Module, adapter_name: str, layer: int | str) -> torch.T
 def set_directions(
     model: nn.Module, adapter_name: str, directions: Mapping[int | str, torch.Tensor], trainable: bool = False
 ) -> None:
-    """Let an adapter edit known directions: differences of means, probes, dictionary features.
+    """Have an adapter edit known directions: differences of means, probes, dictionary features. Mutates the model.
 
-    `W` and `b` start afresh, so that most methods change nothing until they are trained. `lobireft` adds the sum of
-    the directions as they are, times the strength: with a difference of means, strength 1 moves a representation as
-    far as the means of the two kinds are apart. `consreft` removes them. Layers without directions stay.
+    `W` and `b` are reset, so most methods change nothing until they are trained. `lobireft` adds the sum of the
+    directions, not normalized, times the strength: with a difference of means, strength 1 moves a representation by the
+    distance between the two means. `consreft` removes the directions. Layers without directions do not change.
 
     Args:
         model: see above.
         adapter_name: the adapter.
         directions: layer, as in `projection` -> `[r, d]` (`[d]` for one direction), linearly independent, or
             `[units, r, d]`.
-        trainable: whether training may turn the subspaces of the adapter, at all of its layers; if not,
+        trainable: whether training may rotate the adapter's subspaces, at all of its layers; if not,
             `freeze_subspace` is set, and only `W` and `b` are learned.
 
     Raises:
-        TypeError: directions that are no tensors by layer.
+        TypeError: `directions` does not map layers to tensors.
         ValueError: no such adapter or layer, a merged adapter, or directions that cannot span the adapter's
             subspace.
     """
@@ -155,7 +164,7 @@ def set_directions(
 
 
 def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
-    """Name -> configuration of the adapters on a model, of all methods; empty for a module around one."""
+    """Name -> configuration of the adapters on a model, of all PEFT methods; empty for a module around a model."""
     return getattr(model, "peft_config", {})
 
 
@@ -200,7 +209,8 @@ def _low_rank(adapter_name: str, layer: ReftLayer) -> LowRankIntervention:
     intervention = layer.reft_intervention[adapter_name]
     if not isinstance(intervention, LowRankIntervention):
         raise ValueError(
-            f"Adapter {adapter_name!r} ({type(intervention).__name__}) edits every coordinate, not a subspace."
+            f"Adapter {adapter_name!r} ({type(intervention).__name__}) edits each coordinate separately, not a "
+            "subspace."
         )
     return intervention
 

@@ -1,4 +1,4 @@
-"""What hangs on a model beside its layers: where passes enter, and the pass that is going on.
+"""The hooks on a model besides its layers: where passes enter, and the pass that is running.
 
 model(...) or model.forward(...) --> Entry --> opens a Pass --> the model's own forward --> closes it
 """
@@ -26,22 +26,22 @@ from peft_reft.heads import choose_heads
 from peft_reft.tokens.generation import Generation
 from peft_reft.tokens.passes import Pass, Stream, Untold
 from peft_reft.tokens.prompts import RECORD, CallTokens, Decoded, Record, Told, find_cache, positional_names
-from peft_reft.tokens.requests import BASE, AdapterNames, RowRequests, batch_size
+from peft_reft.tokens.requests import AdapterNames, RowRequests, batch_size
 
-# Arguments of `forward` and `generate` that are for ReFT alone.
+# Arguments of `forward` and `generate` that only ReFT reads.
 ASKING = {"adapter_names", "subspaces"}
 ARGUMENTS = {"prompt_mask", *ASKING}
 
 
 class _OfThread(threading.local):
-    """What each thread that calls the model has of its own.
+    """The state of each thread that calls the model.
 
     Attributes:
-        passes: the passes that are open, the innermost last.
-        generation: the `generate` call that is going on.
-        requests: what the call that is going on asks of each row of its batch.
+        passes: the open passes, the innermost last.
+        generation: the `generate` call that is running.
+        requests: the per-row requests of the call that is running.
         prompt_mask: see `Tracker.telling`.
-        replayed: the pass that was found last for a module that ran again in a backward pass.
+        replayed: the pass found last for a module that ran again in a backward pass.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class _OfThread(threading.local):
 
 
 class Tracker:
-    """Knows the pass that is going on; shared by a model's `ReftLayer`s. Copies and pickles of it start afresh.
+    """Knows the running pass; shared by a model's `ReftLayer`s. Copies and pickles keep only the adapters.
 
     Attributes:
         adapters: the model's adapters, in the order they were added.
-        own: what each thread has of its own.
-        said: warnings that are given once a model.
-        lock: threads of a server take turns, each with a whole call.
-        uncalled: the layers that no pass has called yet, in groups by the names of their sites; None until the first
+        own: the state of each thread.
+        said: warnings already given, which are given once per model.
+        lock: threads of a server take turns, each for a whole call.
+        uncalled: the layers that no pass has called yet, grouped by the names of their sites; None until the first
             pass after adapters were added.
     """
 
@@ -77,12 +77,12 @@ class Tracker:
         return type(self), (self.adapters,)
 
     def add(self, adapter_name: str, names: AdapterNames) -> None:
-        """Take note of a new adapter."""
+        """Register a new adapter."""
         self.adapters[adapter_name] = names
         self.uncalled = None
 
     def current(self, layer: nn.Module | None = None) -> Pass | None:
-        """The pass that a module of the model runs in (at which there is a `layer`); None when no pass is open."""
+        """The pass that a module of the model (the one with `layer`) runs in; None when no pass is open."""
         passes = self.own.passes
         if is_recorded():
             if not passes:
@@ -98,14 +98,14 @@ class Tracker:
         return passes[-1]
 
     def innermost(self) -> Pass | None:
-        """The pass that was opened last, and is open."""
+        """The open pass that was opened last; None when no pass is open."""
         return self.own.passes[-1] if self.own.passes else None
 
     def _replayed(self) -> Pass | None:
-        """The pass that a module belongs to which runs again in a backward pass.
+        """The pass of a module that runs again in a backward pass.
 
-        Checkpoints run modules again while the engine evaluates a node that was made in their forward pass, and
-        autograd numbers nodes in the order in which they are made.
+        Checkpoints run modules again while the engine evaluates a node that was created in their forward pass, and
+        autograd numbers nodes in the order of their creation.
         """
         node = torch._C._current_autograd_node()
         alive = [pass_ for ref in self._graphs if (pass_ := ref()) is not None]
@@ -113,30 +113,30 @@ class Tracker:
             number = node._sequence_nr()
             around = [pass_ for pass_ in alive if pass_.nodes[0] <= number < pass_.nodes[1]]
             if around:
-                # The innermost of passes within passes began last.
+                # Of nested passes, the innermost began last.
                 self.own.replayed = max(around, key=lambda pass_: pass_.nodes[0])
                 return self.own.replayed
-        # A checkpoint within a checkpoint: its nodes were made in this backward pass.
+        # A checkpoint within a checkpoint: its nodes were created in this backward pass.
         return self.own.replayed if self.own.replayed in alive else None
 
     def open(self, pass_: Pass) -> None:
-        """Make a pass the one that is going on."""
+        """Make a pass the running one."""
         if not pass_.in_graph:
             pass_.graph_task = torch._C._current_graph_task_id()
             pass_.nodes = (torch._C._autograd._get_sequence_nr(), 0)
         self.own.passes.append(pass_)
 
     def close(self, pass_: Pass) -> None:
-        """End a pass, and those within it that an interruption left open."""
+        """End a pass, and any passes within it that an exception left open."""
         passes = self.own.passes
-        assert pass_ in passes, "A pass is closed that is not open."
+        assert pass_ in passes, "The pass to close is not open."
         while passes.pop() is not pass_:
             pass
         while pass_.handles:
             pass_.handles.pop().remove()
 
     def keep(self, pass_: Pass, output: Any) -> None:
-        """Keep a pass for the backward pass, as long as the graph of its `output`."""
+        """Keep a pass for the backward pass, as long as the graph of its `output` exists."""
         pass_.nodes = (pass_.nodes[0], torch._C._autograd._get_sequence_nr())
         tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         if tensors:
@@ -146,7 +146,7 @@ class Tracker:
 
     @contextmanager
     def asking(self, requests: RowRequests | None) -> Iterator[None]:
-        """While it lasts, every pass asks this of its rows."""
+        """Within the `with` block, every pass has these requests."""
         outer, self.own.requests = self.own.requests, requests
         try:
             yield
@@ -155,7 +155,7 @@ class Tracker:
 
     @contextmanager
     def telling(self, prompt_mask: torch.Tensor) -> Iterator[None]:
-        """While it lasts, every pass that does not tell its prompt has this one."""
+        """Within the `with` block, every pass without its own `prompt_mask` has this one."""
         outer, self.own.prompt_mask = self.own.prompt_mask, prompt_mask
         try:
             yield
@@ -164,16 +164,16 @@ class Tracker:
 
 
 def is_recorded() -> bool:
-    """Whether what runs is written into a graph, by `torch.compile`, `torch.export` or `torch.jit.trace`."""
+    """Whether `torch.compile`, `torch.export` or `torch.jit.trace` is recording operations into a graph."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _held_by_graph(pass_: Pass, grad: torch.Tensor) -> None:
-    """Tensor hook that does nothing; a graph holds it, and with it the pass."""
+    """Tensor hook that does nothing: the graph holds it, and through it the pass."""
 
 
 class _SignatureOfOriginal:
-    """The `__signature__` of a `StandIn`, made when it is asked for: not all signatures can be pickled."""
+    """The `__signature__` of a `StandIn`, computed on access: not all signatures can be pickled."""
 
     def __get__(self, stand_in: StandIn | None, owner: type) -> inspect.Signature:
         if stand_in is None:
@@ -183,7 +183,7 @@ class _SignatureOfOriginal:
 
 
 class StandIn:
-    """Base of what stands in for a method of `module`. Subclasses are called in its place, and call `original`.
+    """Base class for objects that replace a method of `module`. They are called in its place, and call `original`.
 
     It is an attribute of the module, so it is copied, pickled and saved with it.
 
@@ -197,7 +197,7 @@ class StandIn:
     def __init__(self, module: nn.Module, method: str) -> None:
         self.module = module
         self.method = method
-        # What somebody has put on this very module in place of the method of its class.
+        # The attribute of this instance that other code put in place of its class's method, if any.
         self.replaced: Callable[..., Any] | None = None
         self.__doc__ = getattr(module, method).__doc__
         self.__name__ = method
@@ -207,12 +207,12 @@ class StandIn:
 
     @property
     def __code__(self) -> CodeType:
-        # torch.export reports where what it exports is written.
+        # torch.export reports the source location of the code that it exports.
         return self.original.__code__
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The method."""
+        """The method that this object replaces."""
         if self.replaced is not None:
             return self.replaced
         return getattr(type(self.module), self.method).__get__(self.module)
@@ -223,7 +223,7 @@ class StandIn:
         setattr(self.module, place, self)
 
     def take_off(self, *places: str) -> None:
-        """Give the module back what stood in any of these places."""
+        """Restore the module's attributes `places` where this object still replaces them. Mutates the module."""
         for place in places:
             if vars(self.module).get(place) is not self:
                 continue
@@ -234,14 +234,14 @@ class StandIn:
 
 
 class Entry(StandIn):
-    """A part of a model through which a pass can enter: the model, the part that owns the blocks, those in between.
+    """A part of a model where a pass can enter: the model, the part that owns the blocks, and the parts in between.
 
-    It stands in for the part's `forward`, so that a pass is opened whether the part is called or its `forward` is, and
-    closed whatever happens in between. Where something else has replaced `forward` since, hooks open the pass.
+    It replaces the part's `forward`, so that a pass is opened whether callers use the part or its `forward`, and closed
+    even after an exception. Where other code has replaced `forward` since, hooks open the pass.
 
     Args:
         module: the part.
-        tracker: the model's.
+        tracker: the tracker of the model.
         streams: the streams of tokens that pass through the part.
         encoder_decoder: whether it is an encoder-decoder model or a part of one.
         language_model: whether `labels` `[batch, tokens]` are next-token labels.
@@ -274,20 +274,20 @@ class Entry(StandIn):
         return next((entry for entry in hooks if isinstance(entry, cls)), None)
 
     def attach(self) -> None:
-        """Stand in for the module's `forward`. Mutates the module; `detach` undoes it."""
-        # Accelerate's hooks wrap what they find, and put it back when they are taken off: this is to be innermost.
+        """Replace the module's `forward`. Mutates the module; `detach` undoes it."""
+        # Accelerate's hooks wrap the `forward` they find and restore it when removed, so this entry goes inside them.
         hooked = hasattr(self.module, "_hf_hook") and "_old_forward" in vars(self.module)
         self.put("_old_forward" if hooked else "forward")
         self.handles.append(self.module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True))
 
     def detach(self) -> None:
-        """Leave the module as it was before `attach`."""
+        """Undo `attach`. Mutates the module."""
         while self.handles:
             self.handles.pop().remove()
         self.take_off("forward", "_old_forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's `forward`, in a pass of its own or in the one that the module is a part of."""
+        """The module's `forward`, in a new pass or in the pass that the module is a part of."""
         forward = self.original
         outer = self.tracker.innermost()
         if outer is not None and outer.hooked is self:
@@ -313,8 +313,8 @@ class Entry(StandIn):
         """Forward pre-hook: opens the pass where something else has replaced the module's `forward`."""
         if getattr(module, "_is_replica", False):
             raise NotImplementedError(
-                "nn.DataParallel runs copies of the model in threads, which ReFT does not support. Start one process a "
-                "GPU (accelerate launch, torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+                "nn.DataParallel runs copies of the model in threads, which ReFT does not support. Start one process "
+                "per GPU (accelerate launch, torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
         if self._stands_in(module):
             return None
@@ -332,7 +332,7 @@ class Entry(StandIn):
             self.tracker.close(pass_)
 
     def _stands_in(self, module: nn.Module) -> bool:
-        """Whether the module's `forward` is this entry, or a wrapper around it that says so (torch.compile)."""
+        """Whether the module's `forward` is this entry, or a wrapper with `__wrapped__` around it (torch.compile)."""
         forward = module.forward
         while forward is not self:
             forward = getattr(forward, "__wrapped__", None)
@@ -341,7 +341,7 @@ class Entry(StandIn):
         return True
 
     def _goes_on(self, call: Mapping[str, Any], outer: Pass | None) -> bool:
-        """Whether the module is called as a part of the `outer` pass, rather than with tokens of its own."""
+        """Whether the module is called as a part of the `outer` pass, rather than with other tokens."""
         if self.root or outer is None or not outer.streams.keys() >= set(self.streams):
             return False
         if outer.in_graph or outer is not self.tracker.innermost():  # the latter in a backward pass
@@ -363,14 +363,14 @@ class Entry(StandIn):
         return ids.shape == theirs.shape and torch.equal(ids.to(theirs.device), theirs)
 
     def _open(self, call: dict[str, Any]) -> Pass | None:
-        """Open the pass of a call; None if it belongs to the one that is open."""
+        """Open the pass of a call; None if the call belongs to the open pass."""
         outer = self.tracker.current()
         if self._goes_on(call, outer):
             return None
         in_graph = is_recorded()
         generation = self.tracker.own.generation
         if generation is not None and outer is not None and outer.generation is generation:
-            # Generation makes no pass within a pass.
+            # Generation never nests passes.
             generation = None
         tokens = {stream: self._tokens(stream, call) for stream in self.streams}
         streams: dict[str, Stream] = {}
@@ -380,7 +380,7 @@ class Entry(StandIn):
                 made = generation.stream(told, in_graph)
             generation = None if made is None else generation
             streams[name] = made or self._stream(name, told)
-        # Of an encoder-decoder model the decoder's may be made from labels.
+        # The decoder's ids in an encoder-decoder model may be made from labels.
         known = (ENCODER,) if self.encoder_decoder else self.streams
         ids = {name: told.ids for name, told in tokens.items() if told is not None and name in known}
         products = None if generation is None else generation.products
@@ -391,14 +391,14 @@ class Entry(StandIn):
         return pass_
 
     def _ask(self, pass_: Pass, call: Mapping[str, Any]) -> None:
-        """Note what the call asks of each row."""
+        """Check the per-row requests of the call, and note them on the pass."""
         if not ASKING.isdisjoint(call):
             pass_.requests = RowRequests.of(call, pass_.requests)
         requests = pass_.requests
         if requests is not None:
             batch = batch_size([stream.shape[0] for stream in pass_.streams.values()], call)
             requests.check(self.tracker.adapters, self.module.training, batch)
-            if any(self.tracker.adapters[name].modules for name in {*(requests.adapters or ())} - {BASE}):
+            if requests.choose_modules:
                 pass_.handles += choose_heads(self.module, requests)
 
     def _tokens(self, stream: str, call: Mapping[str, Any]) -> CallTokens | None:
@@ -437,7 +437,7 @@ class Entry(StandIn):
             values = dict(output) if isinstance(output, Mapping) else dict(enumerate(output or ()))
             cache = find_cache(values) if cache is None and not isinstance(output, torch.Tensor) else cache
             if hasattr(cache, "__dict__"):
-                # Decoding loops of the user's tell each pass no more than its own tokens.
+                # In users' decoding loops, each pass is given the prompt mask of its own tokens only.
                 setattr(cache, RECORD, Record(stream.prompt()))
 
 

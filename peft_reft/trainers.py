@@ -1,15 +1,15 @@
-"""What trainers do to the prompts of their batches, and what is refused of it."""
+"""Refuses trainer settings that hide the prompts of a batch or cut them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Packing strategies of TRL that cut samples: what is behind a cut looks like a sequence of its own, or like a turn.
+# Packing strategies of TRL that cut samples: the part after a cut looks like a new sequence or a new turn.
 _CUTTING = ("bfd_split", "wrapped")
 
 
 def refuse_cut_samples(trainer: Any, positions: object) -> None:
-    """Raise a ValueError if a trainer packs samples so that it cuts them, where `positions` needs whole prompts."""
+    """Raise a ValueError if a trainer's packing cuts samples. `positions` needs whole prompts."""
     strategy = getattr(trainer.args, "packing_strategy", None)
     if getattr(trainer.args, "packing", False) and strategy in _CUTTING:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Adapters added to one: an adapter whose edit is the weighted sum of the edits of others."""
+"""Adds adapters: a new adapter whose edit is the weighted sum of the edits of others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_reft.interventions import LowRankIntervention, RedIntervention
 from peft_reft.layer import ReftLayer, layers
 from peft_reft.steering import configs_of, layers_with
 
-# Cosine between two directions from which on subspaces count as overlapping: above the noise of float32.
+# Subspaces with a larger cosine between two directions count as overlapping: above the noise of float32.
 _OVERLAP = 1e-3
 
 
@@ -27,9 +27,10 @@ def add_weighted_adapter(
     """Add an adapter whose edit is the weighted sum of the edits of others, exactly.
 
     All edits of the sum see the same hidden representation, unlike adapters that are active together, which edit one
-    after the other. Where their subspaces are orthogonal they do not touch each other's coordinates, and the sum does
-    what each of them does; where they are not, a warning says so. The new adapter is a `nodireft` one whose rank is the
-    sum of theirs (a `red` one of RED adapters); strengths and switched off subspaces count.
+    after the other. If the subspaces are orthogonal, no adapter changes the coordinates of another, and the sum does
+    what each adapter does; otherwise a warning says so. The new adapter is a `nodireft` adapter whose rank is the sum
+    of their ranks (a `red` one for RED adapters). It includes their current strengths and switched off subspaces.
+    Mutates the model.
 
     Args:
         model: a PEFT model, or a model that the adapters were added to or injected into.
@@ -39,7 +40,7 @@ def add_weighted_adapter(
 
     Raises:
         TypeError: a weight is no number.
-        ValueError: a weight is not finite, or adapters that cannot be added; the message says why.
+        ValueError: a weight is not finite, or the adapters cannot be added; the message says why.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"One weight for each adapter is needed, got {list(adapters)} and {list(weights)}.")

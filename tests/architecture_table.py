@@ -14,19 +14,19 @@ _HEAD = """# Architectures
 
 What `tests/architectures.py` found in the model classes of Transformers' automatic mappings, each tiny and random:
 language models, with images and sound too, sequence to sequence, masked words, classifiers of texts, images and sounds,
-CTC, and bare models. Other heads stand on the same blocks. Transformers {transformers}, PEFT {peft}, torch {torch}
+CTC, and bare models. Other heads use the same blocks. Transformers {transformers}, PEFT {peft}, torch {torch}
 ({processor}). The checks compare with the base model, with rows alone instead of in a padded batch, with Transformers'
 own hidden states, and with generation by other routes.
 
 {counts}
 
 A row is a family, by its `model_type`. *Blocks* are the modules that `component="block_output"` edits, *attention* and
-*MLP* those of `attention_output` and `mlp_output` (numbers of layers are N). *Classes* counts those that are whole.
-*Remarks* tells what could not be compared, because the base model itself differs there, or what is refused.
+*MLP* the modules of `attention_output` and `mlp_output` (N is the number of a layer). *Classes* counts those that pass.
+*Remarks* says what could not be compared, because the base model itself differs there, and what is refused.
 
-## What stands for a token
+## What represents a token
 
-Blocks put out `[batch, tokens, hidden size]`. Where they do not, the layout is known when an adapter is attached:
+Blocks return `[batch, tokens, hidden size]`. Where they do not, the layout is known when an adapter is attached:
 
 {layouts}
 
@@ -44,23 +44,23 @@ _LAYOUTS = [
     (
         "several residual streams: `[b, t, s, d]`, `[s, b, t, d]`, `[b, t, s * d]`",
         "DeepSeek-V4, HY-V4, GLM-5-Next; Gemma 3n; Qwen4-Exp",
-        "all streams of the token, one after another: one vector of width `s * d`",
+        "all streams of the token, concatenated to one vector of width `s * d`",
     ),
     ("padded inside the model", "Longformer, LED, Pegasus-X, BigBird, Reformer", "the tokens of the input"),
     (
-        "beside tokens of the model's own",
+        "with additional tokens of the model",
         "CPM-Ant; with an image ViLT, VisualBERT, LayoutLMv2, LayoutLMv3",
         "the tokens of the input",
     ),
-    ("every token several times", "ProphetNet's decoder", "each time alike"),
+    ("every token several times", "ProphetNet's decoder", "every repetition gets the same edit"),
     (
         "ids of several codebooks, `[batch * codebooks, tokens]` or `[batch, tokens, codebooks]`",
-        "MusicGen; models of sound such as CSM",
+        "MusicGen; audio models such as CSM",
         "the token that all of its codes stand for",
     ),
     (
         "one vector for several tokens, or none for any",
-        "Canine, Perceiver, Funnel behind its first blocks",
+        "Canine, Perceiver, Funnel after its first blocks",
         'everything (`positions="all"`); words that count tokens are refused when attaching',
     ),
     (
@@ -73,7 +73,7 @@ _STATES = {
     "ok": "pass all checks that the base model allows",
     "known": "fail, for the reason that the sweep lists",
     "FAIL": "fail",
-    "base": "are not built or do not run here (their base model wants a package or inputs that the sweep lacks)",
+    "base": "are not built or do not run here (their base model needs a package or inputs that the sweep lacks)",
 }
 
 

@@ -133,7 +133,8 @@ def _results(reft_step=1.0):
         "LoRA r=8, q and v": {"memory": [100.0], "file_bytes": 101, "parameter_bytes": 100},
     }
     attach = {"LoReFT f7+l7, without weights": [60.0, 60.0], "LoReFT f7+l7, with weights": [120.0, 120.0]}
-    positions = {"training, right-padded, f7+l7": [0.05, 0.05], "generate, left-padded, f7+l7": [0.2, 0.2]}
+    positions = {"training, right-padded": 0.05, "generate, left-padded": 0.2, "prompts known": 0.01}
+    positions = {f"{case}, f7+l7": [time, time] for case, time in positions.items()}
     return {
         "training_step 34m": {"times": {name: {"step": [t, 10 * t]} for name, t in step.items()}, "text": "a"},
         "generation": {"times": {"4": {name: {"total": [t, 10 * t]} for name, t in total.items()}}, "text": "b"},
@@ -168,6 +169,7 @@ def test_table_of_targets():
         (None, None),  # no pyreft
         (0.05, True),  # positions, <= 0.1 ms
         (0.2, False),
+        (0.01, True),  # with the prompts known
         (60.0, True),  # attach, <= 100 ms
         (120.0, False),
         (2.5, False),  # the hundredth adapter
@@ -213,7 +215,7 @@ def test_quick_run_of_everything(tmp_path):
     text = report.read_text()
     rows = [line for line in text.splitlines() if line.endswith(("| yes |", "| **no** |", "| not measured |"))]
     # Six of each of two models, and eleven of one.
-    assert len(rows) == 23
+    assert len(rows) == 24
     assert [row for row in rows if row.endswith("not measured |")] == [row for row in rows if "pyreft /" in row]
     assert done.stdout.strip() == text.strip()
 
@@ -224,5 +226,7 @@ def test_finding_positions_times_passes_that_have_something_to_edit(case, spec):
     hidden = torch.zeros(2, 64, 1)
     stream = finding_positions.streams(2, 64, torch.device("cpu"))[case]
     found = finding_positions.find(stream, parse(spec), hidden)
+    again = finding_positions.find_more(stream(), parse(spec), hidden)
+    assert (again is None) == (found is None)
     # A prompt is all that `generate` hands over.
     assert (found is None) == (case == finding_positions.GENERATION and spec == "completion")

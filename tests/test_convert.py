@@ -351,7 +351,7 @@ def test_components_of_pyvene(base, tmp_path, component, config):
 def test_parts_of_a_block_of_another_model_are_refused(tmp_path):
     source = pyreft_layout.write(tmp_path / "source", "loreft", draw("loreft", component="attention_output")[1])
     options = {"positions": "f2", "base_model": ZOO["opt"].build()}
-    refused(source, "'attention_output' of a 'opt' model.*only been looked into for .*'llama'", **options)
+    refused(source, "'attention_output' of a 'opt' model.*only been verified for .*'llama'", **options)
 
 
 def test_several_components(base, tmp_path):

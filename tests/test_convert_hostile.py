@@ -141,7 +141,7 @@ def test_a_rank_that_does_not_fit_the_width_is_refused(rank, width, tmp_path):
 def test_odd_keys_are_refused(key, tmp_path):
     source = pyreft(tmp_path)
     torch.save({**torch.load(first(source)), key: torch.ones(1)}, first(source))
-    refused(source, "has a key that is no string, or longer", first(source).name)
+    refused(source, "has a key that is not a string, or longer", first(source).name)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -424,7 +424,7 @@ def test_two_files_for_one_place_are_refused(tmp_path):
     source = pyreft(tmp_path)
     (source / "config.json").unlink()
     shutil.copy(first(source), source / first(source).name.replace("layer_0", "layer_00"))
-    refused(source, "edits what another file")
+    refused(source, "edits the same place as another file")
 
 
 def test_a_place_named_by_its_number_and_from_the_end_is_refused(tmp_path):

@@ -690,6 +690,11 @@ def test_a_traced_model_follows_new_labels_and_has_the_gradients(spec, grad):
 
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        try:
+            with model.disable_adapter():
+                torch.jit.trace(call, (IDS, LABELS), check_trace=False)
+        except IndexError:
+            pytest.skip(f"Transformers {transformers.__version__} cannot trace the masks of the base model")
         traced = torch.jit.trace(call, (IDS, LABELS), check_trace=False)
         for first in (3, 5):
             labels = IDS.masked_fill(torch.arange(IDS.shape[1]) < first, -100)

@@ -40,9 +40,7 @@ CALLED_BY_PEFT = {
     "_add_modules_to_save_to_tie",
     "inject_adapter",
     "disable_adapter_layers",
-    "delete_adapter",
     "set_adapter",
-    "forward",
 }
 PAIRS = [(ReftModel, BaseTuner), (ReftLayer, BaseTunerLayer), (ReftConfig, PeftConfig)]
 

@@ -456,8 +456,8 @@ def test_a_safe_merge_notices_what_only_the_rounding_makes_infinite():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"positions": "f2+l2"}, r"self_attn\.o_proj' positions='f2\+l2' edits some tokens only"),
-        ({"positions": "prompt"}, "positions='prompt' edits some tokens only"),
+        ({"positions": "f2+l2"}, r"self_attn\.o_proj' positions='f2\+l2' edits only some tokens"),
+        ({"positions": "prompt"}, "positions='prompt' edits only some tokens"),
         ({"act_fn": "relu"}, "act_fn='relu' makes the edit nonlinear"),
         ({"component": "block_output"}, "the edited module is a LlamaDecoderLayer, not a linear layer"),
         ({"component": "block_input"}, "it edits the input of a module"),
@@ -596,7 +596,7 @@ def test_a_bias_that_the_class_cannot_have_is_refused_by_name(family, component,
     base = ZOO[family].build().to(dtype)
     model = merging(base, component=component)
     before, expected, config = weights(model), logits(model), copy.deepcopy(base.config.to_dict())
-    with pytest.raises(ValueError, match=rf"'model\.layers\.0\.\w+\.{name}\.bias' \(and 2 others\) a value, but"):
+    with pytest.raises(ValueError, match=rf"creates 'model\.layers\.0\.\w+\.{name}\.bias' \(and 2 others\), but"):
         model.merge_and_unload()
     assert_same_weights(model, before)
     assert base.config.to_dict() == config

@@ -283,7 +283,7 @@ def test_with_a_bias_the_refusal_names_the_option():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"intervention": "lobireft", "use_bias": False}, r"use_bias=False: 'lobireft'.*nothing but a b"),
+        ({"intervention": "lobireft", "use_bias": False}, r"use_bias=False: 'lobireft' is zero without a b"),
         ({"use_bias": "none"}, "use_bias must be True or False, got 'none'"),
         ({"ensure_weight_tying": 1}, "ensure_weight_tying must be True or False, got 1"),
     ],

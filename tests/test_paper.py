@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,16 @@ from peft_reft import ReftConfig
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
 
 import answering
+import choices
 import commonsense
 import glue
-import grid
 import instruct
+import likelihood
 import numpy as np
 import presets
-import report
 import suites
 from methods import METHODS, peft_config
+from peft import get_peft_model
 from suites import Arithmetic, Commonsense, Instruct
 
 ROOT = Path(__file__).parents[1]
@@ -564,7 +564,7 @@ def test_results_of_a_glue_run(encoder, tmp_path, method):
         expected = (RESULTS - {"tasks"}) | {"picking_scores", "rows"}
         assert results.keys() == expected
         assert results["rows"] == {"picking": 20, "scoring": 20}
-        assert set(results["scores"]) == {"score", *suites.GLUE_TASKS[task].metrics}
+        assert set(results["scores"]) == {"score", "standard_error", *suites.GLUE_TASKS[task].metrics}
         assert results["head_parameters"] == head * suites.GLUE_TASKS[task].num_labels
     sst2 = both["tasks"]["sst2"]
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -722,86 +722,120 @@ def test_a_checkout_of_llm_adapters_is_read(decoder, tmp_path):
     assert results["log"][-1]["step"] == 24 / 4
 
 
-# The grid and its report
+# Answers by log-likelihood
 
 
-def result(label, rate, seed, quality, score, task="sst2", parameters=770 + 100):
-    return {
-        "suite": "glue",
-        "task": task,
-        "label": label,
-        "learning_rate": rate,
-        "seed": seed,
-        "model": "tiny",
-        "scores": {"score": score},
-        "picking_scores": {"score": quality},
-        "trainable_parameters": parameters,
-        "head_parameters": 770,
-        "base_parameters": 10_000,
-        "adapter_bytes": 2048,
-        "seconds": {"train": 3.0, "evaluate": 1.0},
-        "processor_seconds": {"train": 2.0, "evaluate": 1.0},
-        "peak_memory_mib": {"train": 100.0, "evaluate": 50.0},
-        "machine": "Some processor, 1 thread of 2 CPUs",
-        "versions": "torch 1",
-        "configuration": {"command": {"method": [], "common": ["--train_rows", "8"]}},
-        "log": [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}],
-    }
+@pytest.mark.parametrize("task", choices.CommonsenseChoices.tasks)
+def test_commonsense_choices_are_those_of_the_papers_prompt(task):
+    suite = choices.CommonsenseChoices
+    kind = "heldout" if task == "hellaswag" else "test"
+    for row in rows_of(SAMPLES / "commonsense" / f"{task}.{kind}.jsonl.gz"):
+        names = re.search(r"Answer format: (\S+)$", row["instruction"]).group(1).split("/")
+        answers = suite.choices(row)
+        assert len(answers) == len(names)
+        assert all(answer in row["instruction"] or task == "boolq" for answer in answers)
+        assert suite.prompt(row).count("Please") == 0
+        assert not any(answer in suite.prompt(row) for answer in names[1:])
+        expected = {"false": "no", "true": "yes"}.get(row["answer"])
+        if expected is None:
+            expected = re.search(
+                rf"{row['answer']}: (.*?)\s*(?:\w+\d: |Answer format)", row["instruction"], re.I | re.S
+            )[1]
+        assert suite.completion(row) == f" {expected}"
 
 
-def test_report_picks_the_rate_by_rows_that_do_not_score(tmp_path):
-    results = [
-        result("LoReFT r=4", 1e-3, 42, 60, 90),
-        result("LoReFT r=4", 3e-3, 42, 70, 65),
-        result("LoReFT r=4", 1e-2, 42, 61, 95),
-        result("LoReFT r=4", 3e-3, 43, 75, 71),
-        result("head alone", 1e-3, 42, 50, 40, parameters=770),
-        result("head alone", 3e-3, 42, 55, 51, parameters=770),
-    ]
-    text = report.render(results, tmp_path)
-    assert "| LoReFT r=4 | 100 | 1.000% | 0.003 | **68.0** | 65.0 to 71.0 | 2 | 2 | 100 | 2 |" in text
-    assert "Seconds are those of training, of the processor." in text
-    # The best rate is the largest one tried.
-    assert "| head alone | 0 | 0.000% | 0.003 * | **51.0** | - | 1 | 2 | 100 | - |" in text
-    assert (tmp_path / "scores.png").stat().st_size > 5000
-    assert (tmp_path / "curves.png").stat().st_size > 5000
+def test_commonsense_questions_are_the_harnesss():
+    row = {"task": "ARC-Easy", "answer": "answer2"}
+    row["instruction"] = (
+        "Please choose the correct answer to the question: Sun or moon?\n\nAnswer1: sun Answer2: the moon\n\n"
+        "Answer format: answer1/answer2"
+    )
+    suite = choices.CommonsenseChoices
+    assert suite.prompt(row) == "Question: Sun or moon?\nAnswer:"
+    assert suite.choices(row) == ["sun", "the moon"]
+    assert (suite.gold(row), suite.completion(row)) == (1, " the moon")
+    assert suite.prompt(row | {"task": "openbookqa"}) == "Sun or moon?"
+    assert suite.prompt(row | {"task": "social_i_qa"}) == "Q: Sun or moon?\nA:"
 
 
-def test_report_keeps_the_text_around_it(tmp_path, monkeypatch):
-    (tmp_path / "r.jsonl").write_text(json.dumps(result("LoReFT r=4", 1e-3, 42, 60, 90)) + "\n")
-    document = tmp_path / "OUT.md"
-    document.write_text(f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n")
-    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "r.jsonl"), "--document", str(document)])
-    report.main()
-    text = document.read_text()
-    assert text.startswith("# Title\n\nBefore.\n\n")
-    assert text.endswith("\n\nAfter.\n")
-    assert "old" not in text
-    report.main()
-    assert document.read_text() == text
+def test_label_words():
+    rte = choices.QUESTIONS["rte"]
+    row = {"sentence1": "It rains. ", "sentence2": "It is wet.", "label": 1}
+    assert rte.prompt(row) == "It rains.\nQuestion: It is wet. True or False?\nAnswer:"
+    assert (rte.choices(row), rte.gold(row), rte.completion(row)) == (["True", "False"], 1, " False")
+    assert choices.QUESTIONS["sst2"].completion({"sentence": "fine", "label": 1}) == " positive"
 
 
-def test_every_method_of_the_grid_is_swept_over_as_many_rates():
-    for size, number in grid.NUMBER_OF_RATES.items():
-        for rates in grid.RATES.values():
-            chosen = sorted(rates[:number])
-            assert len(chosen) == number
-            steps = [after / before for before, after in pairwise(chosen)]
-            assert steps == pytest.approx([10**0.5] * len(steps), rel=0.1), size
+@pytest.mark.parametrize("positions", [None, "f1+l1", "all"])
+def test_log_likelihoods_are_those_of_each_answer_alone(decoder, positions):
+    tokenizer = answering.load_tokenizer(decoder[1])
+    model = answering.AutoModelForCausalLM.from_pretrained(decoder[1])
+    if positions is not None:
+        config = ReftConfig(r=2, positions=positions, init_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    prompts = [words(number) for number in range(5)]
+    # Of one token, so that answers share a pass, and of several.
+    answers = [["w9", "w10"], ["w9 w10 w11", "w7"], ["w6", "w7"], ["w8 w9", "w9 w8"], ["w12"]]
+    found = choices.log_likelihoods(model, tokenizer, prompts, answers, 3)
+    for prompt, texts, values in zip(prompts, answers, found, strict=True):
+        for text, value in zip(texts, values, strict=True):
+            start, tokens = (tokenizer(part)["input_ids"] for part in (prompt, f"{prompt} {text}"))
+            labels = [-100] * len(start) + tokens[len(start) :]
+            loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([labels])).loss.item()
+            assert value == pytest.approx(-loss * (len(tokens) - len(start)), rel=1e-4)
 
 
-def test_grid_refuses_results_of_other_flags(tmp_path, monkeypatch):
-    job = grid.Job("sst2", grid.contenders("glue", "cpu")[0], 1e-3, 42, "cpu")
-    options = argparse.Namespace(output=tmp_path, data=tmp_path)
-    assert grid.finished(job, options) is None
-    grid.write_flags(job, options)
-    file = job.results_file(tmp_path)
-    file.parent.mkdir(parents=True)
-    file.write_text('{"suite": "glue"}')
-    assert grid.finished(job, options) == {"suite": "glue"}
-    monkeypatch.setitem(grid.TASKS["sst2"], "cpu", ["--train_rows", "7"])
-    with pytest.raises(SystemExit, match=r"--train_rows', '4000'.*not.*--train_rows', '7'"):
-        grid.finished(job, options)
+def test_accuracy_of_answers_by_hand():
+    scores, gold = [[-1.0, -2.0], [-3.0, -2.0], [-1.0, -2.0], [-2.0, -2.5]], [0, 0, 0, 1]
+    found = choices.accuracy(scores, gold, [["a", "b"], ["a", "b"], ["a", "b"], ["a", "bb"]])
+    # Per character the last row's second answer is likelier.
+    assert (found["score"], found["score_normalized"]) == (50, 75)
+    assert found["standard_error"] == pytest.approx(25)
+    assert found["standard_error_normalized"] == pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5)
+
+
+def test_a_likelihood_run_scores_all_validation_rows(decoder, tmp_path, monkeypatch):
+    suite = choices.LabelWords(("sst2",), "{sentence} w6", ("w7", "w8"))
+    monkeypatch.setitem(likelihood.QUESTIONS, "sst2", suite)
+    rows = [{"sentence": f"w{9 + number % 2} {words(number)}", "label": number % 2} for number in range(48)]
+    write_rows(tmp_path / "data" / "sst2.train.jsonl.gz", rows[:40])
+    write_rows(tmp_path / "data" / "sst2.validation.jsonl.gz", rows[8:])
+    flags = [*decoder, "--num_train_epochs", "20", "--learning_rate", "0.05", "--dev_rows", "8"]
+    results = likelihood.main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert results.keys() == RESULTS
+    task = results["tasks"]["sst2"]
+    assert (task["rows"], task["majority"], task["source"]) == (40, 50, "sst2.validation.jsonl.gz")
+    # The word that decides is one of those that are edited.
+    assert results["scores"]["score"] == task["score"] == task["score_normalized"] > 90
+    assert any("eval_loss" in entry for entry in results["log"])
+    again = likelihood.main([*flags, "--output_dir", str(tmp_path / "run"), "--eval_only"])
+    assert again["tasks"] == results["tasks"]
+    none = likelihood.main([*flags, "--output_dir", str(tmp_path / "run"), "--eval_rows", "0"])
+    assert (none["scores"], none["log"]) == ({}, results["log"])
+    with pytest.raises(SystemExit, match="no test data of rte in "):
+        likelihood.main([*flags, "--questions", "rte", "--output_dir", str(tmp_path / "rte")])
+
+
+def test_glue_scores_all_validation_rows_if_training_rows_pick_the_epoch(encoder, tmp_path):
+    flags = [*encoder, "--tasks", "sst2", "--num_train_epochs", "1", "--train_rows", "20", "--dev_rows", "12"]
+    results = glue.main([*flags, "--output_dir", str(tmp_path / "run")])["tasks"]["sst2"]
+    assert results["rows"] == {"picking": 12, "scoring": 40}
+    again = glue.main([*flags, "--output_dir", str(tmp_path / "run"), "--eval_only"])["tasks"]["sst2"]
+    assert (again["scores"], again["picking_scores"]) == (results["scores"], results["picking_scores"])
+    train, picking, scoring = glue.split_rows(
+        argparse.Namespace(data=str(tmp_path / "data"), dev_rows=12, train_rows=20, eval_rows=None), "sst2", 42, True
+    )
+    assert (len(train), len(picking), len(scoring)) == (20, 12, 40)
+    with pytest.raises(SystemExit, match="--dev_rows 40 leaves none of 40 rows"):
+        glue.main([*encoder, "--tasks", "sst2", "--dev_rows", "40", "--output_dir", str(tmp_path / "none")])
+
+
+def test_standard_error_of_accuracy_is_the_binomial_one():
+    labels = np.arange(400) % 2
+    predicted = np.where(np.arange(400) % 5 == 0, 1 - labels, labels)
+    metrics = suites.metrics_with_error("rte", one_hot(predicted), labels)
+    assert metrics["score"] == 80
+    assert metrics["standard_error"] == pytest.approx(100 * (0.8 * 0.2 / 400) ** 0.5, rel=0.1)
 
 
 # PEFT's own benchmark
@@ -831,7 +865,7 @@ def test_experiments_load_as_the_benchmark_loads_them(folder):
 
 def test_experiments_train_on_questions_too():
     """What the benchmark does: labels on every token, which positions at the prompt's end refuse."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     ids = torch.randint(6, tiny.VOCAB, (2, 9))
     config = PeftConfig.from_pretrained(EXPERIMENTS[0])
@@ -866,7 +900,7 @@ def test_readmes_command_runs_their_script_with_reft_known(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["glue", "commonsense", "arithmetic", "instruct"])
+@pytest.mark.parametrize("script", ["glue", "commonsense", "arithmetic", "instruct", "likelihood"])
 def test_quick_runs_offline(script, tmp_path):
     command = [sys.executable, PAPER / f"{script}.py", "--quick", "--output_dir", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
@@ -877,9 +911,9 @@ def test_quick_runs_offline(script, tmp_path):
         assert len(outputs) == results["rows"] > 0
         assert all(set(row) == {"instruction", "output", "generator", "dataset"} for row in outputs)
     else:
-        tasks = {"glue": {"sst2", "rte", "stsb"}, "arithmetic": set(suites.ARITHMETIC_TASKS)}
+        tasks = {"glue": {"sst2", "rte", "stsb"}, "arithmetic": set(suites.ARITHMETIC_TASKS), "likelihood": {"sst2"}}
         assert set(results["tasks"]) == tasks.get(script, set(suites.COMMONSENSE_TASKS))
-        assert 0 <= results["scores"]["average"] <= 100
+        assert 0 <= results["scores"]["score" if script == "likelihood" else "average"] <= 100
     log = results["log"] if script != "glue" else results["tasks"]["sst2"]["log"]
     first, *_, last = [entry["loss"] for entry in log if "loss" in entry]
     assert last < first

@@ -163,7 +163,7 @@ def test_plain_text_that_was_packed_is_refused_as_it_is_unpacked(in_graph, spec)
     call = torch.compile(model, backend="eager") if in_graph else model
     for training in (True, False):
         model.train(training)
-        with pytest.raises(ValueError, match="padding-free collators leave plain text"):
+        with pytest.raises(ValueError, match="padding-free collators do with plain text"):
             call(input_ids=ids, position_ids=torch.arange(8)[None] % 4, labels=labels, use_cache=False)
     # Among other prompts one of a single token is one.
     labels[0, 5] = -100
@@ -209,7 +209,7 @@ def test_a_decoding_loop_that_does_not_tell_the_prompt_is_warned():
     model = make_pair("l1").peft
     cache = DynamicCache(config=model.base_model.model.config)
     model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
-    with pytest.warns(UserWarning, match="needs to know whether the tokens that go on from this cache are prompt"):
+    with pytest.warns(UserWarning, match="needs to know whether the tokens that continue this cache are prompt"):
         model(input_ids=torch.tensor([[6]]), past_key_values=cache)
 
 
@@ -230,7 +230,7 @@ def test_a_generate_call_that_loses_rows_is_refused():
     def drop_a_row(model, input_ids, **kwargs):
         return model(input_ids=input_ids[:1], use_cache=False).logits.argmax(-1)
 
-    with pytest.raises(ValueError, match="generate was called with 2 sequences, but a pass of it has 1"):
+    with pytest.raises(ValueError, match="generate was called with 2 sequences, but one of its passes has 1"):
         model.generate(input_ids=torch.tensor([[3, 4], [5, 6]]), custom_generate=drop_a_row)
 
 

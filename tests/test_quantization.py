@@ -425,7 +425,7 @@ def test_other_quantizers(folder, config, tmp_path):
 # The example script
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "qlora_sft.py"
-LAST_LINE = r"Exactly the answer of the data: base model \d, with adapter (\d) of 4"
+LAST_LINE = r"Exact matches with the data's answers: base model \d, with adapter (\d) of 4"
 
 
 def test_the_script_trains_a_float32_adapter_on_a_base_in_four_bits(tmp_path, monkeypatch, capsys):

@@ -130,7 +130,10 @@ def test_a_sitecustomize_of_the_users_still_runs(programs, tmp_path):
 
 
 def test_a_console_script_runs(tmp_path):
-    # pip is a package with a console script in every environment.
+    script = Path(sys.executable).parent / "transformers"
+    alone = subprocess.run([script, "env", "--help"], capture_output=True, text=True, check=False)
+    if alone.returncode != 0:
+        pytest.skip(f"Transformers' own command does not start: {alone.stderr[-200:]}")
     done = python("-m", "peft_reft.run", "transformers", "env", "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()

@@ -422,9 +422,7 @@ def test_blocks_of_a_plain_module_are_asked_for_by_name():
 def test_a_width_that_cannot_be_told_is_refused_with_the_remedy():
     base = Mixer()
     del base.first.out_features
-    with pytest.raises(
-        ValueError, match=r"'first' \(Block\) cannot be told\. Give it an integer attribute out_features"
-    ):
+    with pytest.raises(ValueError, match=r"'first' \(Block\) is unknown\. Give it an integer attribute out_features"):
         adapted(base, target_modules=["first"])
     base.first.out_features = 4
     with pytest.raises(ValueError, match=r"first returned \(2, 7, 8\), but its adapters were built for 4 features"):

@@ -222,7 +222,7 @@ def test_subspace_asks_for_a_name_where_a_number_is_not_enough():
 
 
 def test_red_has_no_subspace():
-    with pytest.raises(ValueError, match="edits every coordinate, not a subspace"):
+    with pytest.raises(ValueError, match="edits each coordinate separately, not a subspace"):
         wrap(intervention="red").projection("default", 0)
 
 
@@ -351,11 +351,11 @@ def test_an_unknown_subspace_is_refused():
         ({"subspaces": {"a": 3, "b": 3}}, "have 6 dimensions in all, but r=4"),
         ({"subspaces": {"a": 4, "b": 0}}, "must map names to positive integers"),
         ({"subspaces": ["a"]}, "must map names to positive integers"),
-        ({"subspaces": {"a": 4}, "intervention": "red"}, "'red' edits every coordinate on its own"),
-        ({"freeze_subspace": True, "intervention": "red"}, "'red' edits every coordinate on its own"),
+        ({"subspaces": {"a": 4}, "intervention": "red"}, "'red' edits each coordinate separately"),
+        ({"freeze_subspace": True, "intervention": "red"}, "'red' edits each coordinate separately"),
         ({"freeze_subspace": "yes"}, "freeze_subspace must be True or False"),
         ({"act_fn": "relu", "intervention": "consreft"}, "'consreft' has no learned projection"),
-        ({"act_fn": "prelu"}, "has parameters of its own"),
+        ({"act_fn": "prelu"}, "has its own parameters"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message):

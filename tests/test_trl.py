@@ -819,7 +819,7 @@ def test_grpo_trains_on_the_log_probabilities_that_it_generated_with(spec, tmp_p
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
-    "sft": r"Exactly the answer of the data: base model \d, with adapter (\d) of 8",
+    "sft": r"Exact matches with the data's answers: base model \d, with adapter (\d) of 8",
     "dpo": r"Held-out pairs: reward margin (-?[\d.]+) \(base model 0.00\), positive in \d+%",
     "reward": r"Held-out pairs in which the chosen answer scores higher: \d+% before, (\d+)% after",
     "grpo": r"Mean reward on held-out prompts: base model [\d.]+, with adapter ([\d.]+)",

@@ -34,7 +34,7 @@ text { font-family: -apple-system, "Segoe UI", Roboto, "DejaVu Sans", Arial, san
 
 
 class Picture:
-    """An SVG picture on a card of its own; text that would not fit into its box raises an error."""
+    """An SVG picture on a card; text that does not fit into its box raises an error."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height, self.title = width, height, title

@@ -1,4 +1,4 @@
-"""Memory of what a process does, for benchmarks that run every variant in a fresh one."""
+"""Memory of a process, for benchmarks that run every variant in a new one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def held(device: torch.device) -> int:
-    """Bytes that this process holds now: on a GPU what it has allocated there, else its resident set."""
+    """Bytes that this process holds now: its allocations on a GPU, else its resident set."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -29,7 +29,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held since `reset_peak`."""
+    """The largest number of bytes held since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -37,8 +37,8 @@ def peak(device: torch.device) -> int:
 
 
 def run_apart(script: str, *arguments: str) -> Any:
-    """What a script prints as the last line, JSON, when it runs with these arguments in a fresh process."""
-    # With a fixed threshold, glibc gives large blocks back to the system as soon as they are free.
+    """Run a script with these arguments in a new process; returns the JSON in the last line that it prints."""
+    # With a fixed threshold, glibc returns large blocks to the system as soon as they are free.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What is lost when adapter parameters are stored in bfloat16, as TRL does on a quantized base.
+"""The loss of precision when adapter parameters are stored in bfloat16, as TRL does on a quantized base.
 
 LoReFT's W and R start with entries of about 1/sqrt(hidden size), and bfloat16 resolves 1/256 of a number: updates below
 that are rounded away, whatever the optimizer keeps. The script trains the same adapter on the same batches with its
@@ -52,7 +52,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torc
 
 
 def fresh_edit(model: PeftModel, batch: dict[str, torch.Tensor]) -> float:
-    """Norm of a fresh adapter's edits over that of what R reads, |R^T (W h + b - R h)| / |R h|; zero in float32."""
+    """Norm of a new adapter's edits relative to that of R h, |R^T (W h + b - R h)| / |R h|; zero in float32."""
     norms = []
 
     def record(intervention: torch.nn.Module, args: tuple, edit: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
-"""Which tokens to take directions from: `tokens="last"`, `"mean"` and `"differing"` of `directions_from_pairs`, tried.
+"""Which tokens to take directions from: compares `"last"`, `"mean"` and `"differing"` of `directions_from_pairs`.
 
-Directions from pleased to displeased reviews of several shapes are added to every token of SmolLM2-135M-Instruct, with
-`lobireft` adapters. For each the table says how much likelier the model then finds unseen pleased texts than unseen
-displeased ones (in nats a text, beyond the base model), at strength 1 and at the strength where the loss on neutral
-texts has grown by 0.1 nats a token; and how much that loss grows at strength 1.
+Directions from displeased to pleased reviews of several forms are added to every token of SmolLM2-135M-Instruct, with
+`lobireft` adapters. For each direction the table shows how much likelier unseen pleased texts become than unseen
+displeased ones (in nats per text, relative to the base model), at strength 1 and at the strength that raises the loss
+on neutral texts by 0.1 nats per token; and how much that loss rises at strength 1.
 
     python examples/benchmarks/directions.py
     python examples/benchmarks/directions.py --layers 8 12
@@ -46,7 +46,7 @@ NEUTRAL = [
 
 
 def shapes() -> dict[str, tuple[list[str], list[str]]]:
-    """Name -> pleased and displeased texts that differ in one more way."""
+    """Name -> pleased and displeased texts; each entry adds one more difference between them."""
 
     def texts(pattern: str, endings: list[str]) -> list[str]:
         return [pattern.format(thing, ending) for thing, ending in product(THINGS, endings)]
@@ -66,7 +66,7 @@ def shapes() -> dict[str, tuple[list[str], list[str]]]:
 
 @torch.no_grad()
 def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[float, float]:
-    """Mean log-probability of a text, and of a token."""
+    """Mean log-probability per text, and per token."""
     ids = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -87,7 +87,7 @@ def measured(model: PeftModel, tokenizer: PreTrainedTokenizerBase, strength: flo
 
 
 def at_equal_loss(model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: tuple[float, float]) -> float:
-    """The gain at the strength where the loss on neutral texts has grown by 0.1, by bisection."""
+    """The gain at the strength that raises the loss on neutral texts by 0.1, found by bisection."""
     low, high = 0.0, 8.0
     for _ in range(7):
         middle = (low + high) / 2

@@ -3,9 +3,10 @@
     python examples/benchmarks/finding_positions.py
     python examples/benchmarks/finding_positions.py --device cuda
 
-What a pass pays before its first edit, from the arguments of `forward` to the indices of the tokens; other layers with
-the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows without
-padding, and the prefill of a left-padded `generate`.
+The cost of a pass before its first edit, from the arguments of `forward` to the indices of the tokens; other layers
+with the same positions reuse it. Three cases: a right-padded training batch with labels, the same packed into rows
+without padding, and the prefill of a left-padded `generate`. The last row is the cost of further positions in a pass of
+the first case, once the prompts are known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peft_reft.tokens.prompts import CallTokens, Told
 from peft_reft.tokens.selections import Selection
 
 TRAINING, PACKED, GENERATION = "training, right-padded", "training, packed", "generate, left-padded"
+KNOWN = "prompts known"
 SPECS = ("f7+l7", "prompt", "completion", "all")
 
 
@@ -35,13 +37,15 @@ def main() -> None:
         args.rounds = min(args.rounds, 7)
     device, _ = start(args)
     clock = Clock(device)
-    # One feature: nothing but the shape and the device of the representations counts.
+    # One feature: only the shape and the device of the representations matter.
     hidden = torch.zeros(args.batch, args.tokens, 1, device=device)
     finders = {
         f"{case}, {spec}": partial(find, stream, parse(spec), hidden)
         for case, stream in streams(args.batch, args.tokens, device).items()
         for spec in SPECS
     }
+    known = streams(args.batch, args.tokens, device)[TRAINING]()
+    finders |= {f"{KNOWN}, {spec}": partial(find_more, known, parse(spec), hidden) for spec in SPECS}
     times = interleave({name: time_often(run, clock) for name, run in finders.items()}, args.rounds)
     results = {name: one["time"] for name, one in times.items()}
     heading = f"Finding the tokens to edit, {args.batch} x {args.tokens} tokens; milliseconds, median (quartiles):"
@@ -52,8 +56,14 @@ def find(stream: Callable[[], Stream], positions: Positions, hidden: torch.Tenso
     return stream().select(positions, hidden, "block")
 
 
+def find_more(stream: Stream, positions: Positions, hidden: torch.Tensor) -> Selection | None:
+    """Like `find`, in a pass that has already found its prompts for other positions."""
+    segments = stream.segments(positions, stream.shape)
+    return segments.selection(positions, len(hidden), hidden.device, stream.training)
+
+
 def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], Stream]]:
-    """Case -> what makes the stream of a pass of it."""
+    """Case -> a function that creates the stream of one of its passes."""
     call = example(batch, tokens, device)
     # What `generate` hands over.
     flipped = {name: call[name].flip(-1) for name in ("input_ids", "attention_mask")}
@@ -77,7 +87,7 @@ def streams(batch: int, tokens: int, device: torch.device) -> dict[str, Callable
 
 
 def example(batch: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A right-padded batch of sequences of different length, the first half of each of them prompt."""
+    """A right-padded batch of sequences of different lengths; the first half of each is prompt."""
     ids = torch.randint(1, 1000, (batch, tokens), device=device)
     lengths = torch.randint(tokens // 4, tokens + 1, (batch, 1), device=device)
     index = torch.arange(tokens, device=device)
@@ -90,7 +100,7 @@ def report(times: Mapping[str, list[float]]) -> str:
     def cell(case: str, spec: str) -> str:
         return f"{Spread.of(times[f'{case}, {spec}']):.3f}"
 
-    rows = ([case, *(cell(case, spec) for spec in SPECS)] for case in (TRAINING, PACKED, GENERATION))
+    rows = ([case, *(cell(case, spec) for spec in SPECS)] for case in (TRAINING, PACKED, GENERATION, KNOWN))
     return table(["", *SPECS], rows)
 
 

@@ -1,11 +1,11 @@
-"""Time of `generate` with an adapter, LoReFT and unmerged LoRA, beside the bare model.
+"""Time of `generate` with a LoReFT adapter and with unmerged LoRA, relative to the bare model.
 
     python examples/benchmarks/generation.py                         # a random Llama of 34 million parameters
     python examples/benchmarks/generation.py --batches 1 4 8 64
     python examples/benchmarks/generation.py --model 1b --device cuda --dtype bfloat16
 
-Greedy decoding with a cache; the adapters have random weights, so that they do edit. The prefill is everything up to
-the first new token, with what `generate` does before it; a decode step is the median of those of a run.
+Greedy decoding with a cache; the adapters have random weights, so their edits are not zero. The prefill is everything
+up to the first new token, including what `generate` does before it; a decode step is the median of a run's steps.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 class Ticks(StoppingCriteria):
-    """Never stops `generate`; notes the time after each step of it."""
+    """Never stops `generate`; records the time after each of its steps."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -66,7 +66,7 @@ class Ticks(StoppingCriteria):
 def generate(
     model: torch.nn.Module, ids: torch.Tensor, new_tokens: int, clock: Clock, **options: object
 ) -> dict[str, float]:
-    """Milliseconds of a whole `generate`, of its prefill with all that comes before, and of a decode step."""
+    """Milliseconds of a whole `generate`, of its prefill with everything before, and of a decode step."""
     ticks = Ticks(clock)
     model.generate(
         input_ids=ids,

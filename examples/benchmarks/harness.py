@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turns, ratios of the same round, command line, results as JSON."""
+"""Shared by the benchmarks: interleaved timing of variants, ratios within a round, command line, results as JSON."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Spread(NamedTuple):
 
 
 def ratio(times: Times, variant: str, reference: str, phase: str) -> Spread:
-    """A variant's time beside another one's of the same round: what slows a whole round cancels."""
+    """A variant's time relative to another one's in the same round: what slows a whole round cancels out."""
     pairs = zip(times[variant][phase], times[reference][phase], strict=True)
     return Spread.of(own / other for own, other in pairs)
 
 
 def interleave(runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, warmup: int = 1) -> Times:
-    """Run all variants in turns, another one first in each round.
+    """Run all variants in turns; each round starts with another one.
 
     Args:
-        runs: variant -> a run of it, which returns milliseconds of each phase.
-        rounds: rounds that count.
-        warmup: rounds before them that do not.
+        runs: variant -> a function that runs it and returns milliseconds of each phase.
+        rounds: number of rounds that count.
+        warmup: number of rounds before them that do not count.
     """
     names = list(runs)
     times: Times = {name: {} for name in names}
@@ -67,9 +67,9 @@ def interleave(runs: Mapping[str, Callable[[], Mapping[str, float]]], rounds: in
 
 
 class Clock:
-    """Milliseconds: of the process where it has one CPU thread, so that other programs hardly count, else of the wall.
+    """Milliseconds: processor time if the process has one CPU thread (other load hardly matters), else wall time.
 
-    On a GPU it waits until all that was launched is done.
+    On a GPU it waits for all kernels first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class Clock:
 
 
 def time_often(run: Callable[[], Any], clock: Clock, least: float = 10.0) -> Callable[[], dict[str, float]]:
-    """A run for `interleave` that repeats a short one until it has taken `least` milliseconds, and gives the mean."""
+    """A run for `interleave` that repeats a short one for at least `least` milliseconds, and returns the mean."""
 
     def timed() -> dict[str, float]:
         begin, count = clock(), 0
@@ -97,7 +97,7 @@ def time_often(run: Callable[[], Any], clock: Clock, least: float = 10.0) -> Cal
 
 
 def parser(description: str, model: str | None = "34m", rounds: int | None = 9) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """The options of all benchmarks."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if model is not None:
         shapes = ", ".join(SHAPES)
@@ -118,14 +118,14 @@ def parser(description: str, model: str | None = "34m", rounds: int | None = 9) 
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Seed, threads; the device and dtype that were asked for."""
+    """Set seed and threads; returns the device and dtype of the options."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     return torch.device(args.device), getattr(torch, args.dtype)
 
 
 def finish(args: argparse.Namespace, results: Mapping[str, Any], text: str) -> None:
-    """Print a report with the machine under it; write the results where `--json` says."""
+    """Print a report with the machine below it; write the results to the file of `--json`."""
     print(f"{text}\n\n{machine(args.device)}; {versions()}.")
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}

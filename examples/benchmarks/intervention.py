@@ -1,12 +1,12 @@
-"""Time of one LoReFT intervention, forward and backward: this package's, other ways to the same map, and pyreft's.
+"""Time of one LoReFT intervention, forward and backward: this package's, other implementations, and pyreft's.
 
     python examples/benchmarks/intervention.py
     python examples/benchmarks/intervention.py --pyreft-python PATH_TO_PYTHON    # of an environment with pyreft
 
 Each maps h to h + R^T (W h + b - R h) for 112 selected tokens (f7+l7 of 8 sequences), and passes the gradient on to h.
 The variants differ in where the orthonormal R comes from: this package orthonormalizes a plain parameter; torch's
-`parametrizations.orthogonal` multiplies Householder reflections, as pyreft has it; the plain factor is not orthonormal
-at all, the floor. pyreft runs in a process of its own.
+`parametrizations.orthogonal` multiplies Householder reflections, as in pyreft; the plain factor, which is not
+orthonormal, is the floor. pyreft runs in a separate process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LowRankEdit(nn.Module):
 
 
 class Ours(nn.Module):
-    """The package's intervention, which gives the edit alone."""
+    """The package's intervention, which returns only the edit."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def measure(width: int, rank: int, rows: int, rounds: int, device: torch.device)
 
 
 def measure_pyreft(args: Any) -> dict[str, Any]:
-    """pyreft's intervention; on the CPU alone, like the numbers it is compared with."""
+    """pyreft's intervention; only on the CPU, like the numbers it is compared with."""
     progress("intervention, pyreft")
     script = Path(__file__).with_name("pyreft_intervention.py")
     options = {"widths": args.widths, "ranks": args.ranks, "rows": [args.rows], "rounds": [args.rounds]}
@@ -112,7 +112,7 @@ def measure_pyreft(args: Any) -> dict[str, Any]:
 
 
 def speedup(times: Times, variant: str) -> Spread:
-    """How many times as long as ours a variant takes; of medians, for pyreft's rounds are not those of the others."""
+    """A variant's time relative to ours; a ratio of medians, because pyreft's rounds are separate from the others."""
     ours = statistics.median(times[OURS]["time"])
     return Spread.of(value / ours for value in times[variant]["time"])
 

@@ -1,10 +1,10 @@
-"""Time of attaching an adapter to a model of 32 layers of width 4096, and of loading one more from disk, to a hundred.
+"""Time of attaching an adapter to a model of 32 layers of width 4096, and of loading a hundred from disk.
 
     python examples/benchmarks/loading.py
 
-The model has full width where adapters of hidden representations see it, and next to nothing inside of its blocks. A
-new adapter is attached to it, and to a model without weights (meta device). One adapter is then saved and loaded a
-hundred times under other names, LoReFT's and LoRA's in turns.
+The model's hidden representations have full width, but its blocks are tiny inside. A new adapter is attached to it, and
+to a model without weights (meta device). One adapter is then saved and loaded a hundred times under other names, LoReFT
+and LoRA in turns.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def load(base: PreTrainedModel, count: int, clock: Clock) -> dict[str, list[floa
 
 
 def growth(times: list[float]) -> Spread:
-    """The last adapters' loading times beside the median of the first ones'."""
+    """The last adapters' loading times relative to the median of the first ones'."""
     first = statistics.median(times[:ENDS])
     return Spread.of(time / first for time in times[-ENDS:])
 

@@ -1,4 +1,4 @@
-"""On what a number was measured: to be printed beside it."""
+"""The machine and versions of a measurement, to print beside it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Time of batches whose rows have different adapters: ReFT and PEFT's LoRA with `adapter_names`, beside the bare model.
+"""Time of batches whose rows have different adapters: ReFT and PEFT's LoRA with `adapter_names`, and the bare model.
 
     python examples/benchmarks/many_adapters.py                  # a random Llama of 11 million parameters
     python examples/benchmarks/many_adapters.py --adapters 1 64 512
     python examples/benchmarks/many_adapters.py --model 1b --device cuda --dtype bfloat16
 
-Of fewer adapters than rows several rows have each, of more every so many-th is in the batch. The prefill is everything
-up to the first new token, with what `generate` does before it; a decode step is the median of those of a run.
+With fewer adapters than rows, several rows share one; with more, evenly spaced ones are in the batch. The prefill is
+everything up to the first new token, including what `generate` does before it; a decode step is the median of a run's
+steps.
 """
 
 from __future__ import annotations

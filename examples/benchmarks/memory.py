@@ -1,13 +1,13 @@
-"""Memory of training and size on disk: LoReFT and LoRA beside the frozen model.
+"""Memory of training and size on disk: LoReFT, LoRA and the frozen model.
 
     python examples/benchmarks/memory.py          # random Llamas, of 34 million parameters and of width 4096
     python examples/benchmarks/memory.py --models 1b --device cuda --dtype bfloat16
 
-Every variant runs in a process of its own: two training steps, with AdamW and without gradient checkpointing. Memory is
-the peak during the steps, less what the process held with the base loaded: of the CUDA allocator on a GPU, else of the
-process (resident set; large blocks are given back to the system at once, so that the peak is that of live tensors). The
-frozen model is that of `training_step.py`. The adapter's size is that of its saved weights; the least it could be are
-the bytes of its parameters.
+Every variant runs in a new process: two training steps, with AdamW and without gradient checkpointing. Memory is the
+peak during the steps minus the memory with the base loaded: of the CUDA allocator on a GPU, else of the process
+(resident set; large blocks are returned to the system at once, so the peak is that of live tensors). The frozen model
+is the one in `training_step.py`. The adapter's size is the size of its saved weights; the bytes of its parameters are
+the lower bound.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure_all(model: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Variant -> what `measure` gives, with the memory of all rounds."""
+    """Variant -> the result of `measure`, with the memory of all rounds."""
     results: dict[str, dict[str, Any]] = {}
     for number in range(args.rounds):
         for name in (FLOOR, *(QUICK_ADAPTERS if args.quick else ADAPTERS)):

@@ -30,7 +30,7 @@ def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int) -> 
     }
 
 
-# Random Llamas. "wide" has the widths of a 7B model and a small vocabulary, so that it is its two layers that count.
+# Random Llamas. "wide" has the widths of a 7B model and a small vocabulary, so its two layers dominate the time.
 SHAPES = {
     "tiny": _llama(128, 256, 3, 4, 1000),
     "11m": _llama(384, 1024, 6, 6, 1000),
@@ -46,7 +46,7 @@ LORA, LORA_ALL = "LoRA r=8, q and v", "LoRA r=16, all linear"
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A random Llama of `SHAPES`, `smollm2`, or what `from_pretrained` takes."""
+    """A random Llama of `SHAPES`, `smollm2`, or a name or folder for `from_pretrained`."""
     if name in SHAPES:
         with torch.device(device):
             return LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **SHAPES[name])).to(dtype).eval()
@@ -79,7 +79,7 @@ def adapter(variant: str, layers: int, random: bool = False) -> PeftConfig:
     Args:
         variant: its name.
         layers: number of layers of its model.
-        random: whether it starts with random weights, so that it does something.
+        random: whether it starts with random weights, so that its edit is not zero.
     """
     if variant.startswith("LoReFT"):
         positions = variant.removeprefix("LoReFT ").partition(",")[0]
@@ -102,7 +102,7 @@ def training_shape(model: str) -> tuple[int, int]:
 
 
 def floor(model: PreTrainedModel, layer: int) -> PreTrainedModel:
-    """A frozen twin whose backward pass ends at the output of a block, further than which an edit there needs none."""
+    """A frozen twin whose backward pass ends at the output of a block, like the backward pass of an edit there."""
     frozen = twin(model).requires_grad_(False)
     blocks = next(m for m in frozen.modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model))
 

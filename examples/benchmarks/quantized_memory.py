@@ -1,10 +1,10 @@
-"""Memory and time of a training step on a 4-bit base: LoReFT (QLoReFT) beside LoRA (QLoRA) and the frozen base.
+"""Memory and time of a training step on a 4-bit base: LoReFT (QLoReFT), LoRA (QLoRA) and the frozen base.
 
-Every variant runs in a process of its own, on the same NF4 weights (double quantization), with AdamW and adapters in
-float32. Memory is the peak during the steps, less what the process held with the base loaded: of the CUDA allocator on
-a GPU, else of the process (resident set; large blocks are given back to the system at once, so that the peak is that
-of live tensors). Time is the fastest step (processor time on a CPU), as a ratio to the frozen base's forward and
-backward pass with a gradient for its input. Prints a Markdown table.
+Every variant runs in a new process, on the same NF4 weights (double quantization), with AdamW and adapters in float32.
+Memory is the peak during the steps minus the memory with the base loaded: of the CUDA allocator on a GPU, else of the
+process (resident set; large blocks are returned to the system at once, so the peak is that of live tensors). Time is
+the fastest step (processor time on a CPU), relative to the frozen base's forward and backward pass with a gradient for
+its input. Prints a Markdown table.
 
     python examples/benchmarks/quantized_memory.py
     python examples/benchmarks/quantized_memory.py --model_name_or_path Qwen/Qwen3-8B --batch 4 --tokens 1024
@@ -39,7 +39,7 @@ ADAPTERS = {
 
 
 def load(options: argparse.Namespace) -> PreTrainedModel:
-    # Most CPUs emulate bfloat16, slowly.
+    # Most CPUs emulate bfloat16 slowly.
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -58,12 +58,12 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def clock() -> float:
-    """Seconds; on a CPU those of the process alone, which other programs hardly change."""
+    """Seconds; on a CPU processor time, which other programs hardly change."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Memory and time of one variant; in a process that has done nothing else."""
+    """Memory and time of one variant, in a new process."""
     torch.manual_seed(0)
     model = load(options)
     base_bytes = model.get_memory_footprint()

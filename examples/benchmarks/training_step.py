@@ -1,12 +1,12 @@
-"""Time of a training step: LoReFT and LoRA beside the frozen model's forward and backward pass, the floor.
+"""Time of a training step with LoReFT and LoRA, and of the frozen model's forward and backward pass, the floor.
 
     python examples/benchmarks/training_step.py                      # a random Llama of 34 million parameters
     python examples/benchmarks/training_step.py --model wide
     python examples/benchmarks/training_step.py --model 1b --device cuda --dtype bfloat16
 
-A model that is edited from block k up needs the backward pass down to the output of block k and no further. The floor
-is just that, with nothing to learn: no code but the model's. Labels are -100 on the first half of the tokens, the
-prompt. A step is forward, backward, AdamW's step and the reset of gradients; the floor has no optimizer.
+A model that is edited from block k up needs the backward pass only down to the output of block k. The floor is exactly
+that, with nothing to learn and only the model's code. Labels are -100 on the first half of the tokens, the prompt. A
+step is forward, backward, AdamW's step and the reset of gradients; the floor has no optimizer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def example(rows: int, tokens: int, vocabulary: int, device: torch.device) -> di
 def variants(
     base: torch.nn.Module, names: Iterable[str], batch: dict[str, torch.Tensor], clock: Clock
 ) -> tuple[dict[str, Callable[[], dict[str, float]]], dict[str, int]]:
-    """Runs for `interleave`, and the number of parameters that each one trains."""
+    """Runs for `interleave`, and the number of parameters that each run trains."""
     layers = depth(base)
     models = {FLOOR: floor(base, 0), FLOOR_UPPER: floor(base, layers // 2)}
     models |= {name: adapted(base, name) for name in names}

@@ -1,10 +1,10 @@
-"""The walk of a pass through the package: how often it changes from one of its files to another, and by which calls.
+"""The path of a pass through the package: how often it changes from one file to another, and by which calls.
 
     python examples/benchmarks/walk.py
     python examples/benchmarks/walk.py --show training
 
 A tiny Llama with one edited layer: a training forward pass, `generate` of one token, and a batch whose rows have
-different adapters. Fewer moves make code that is easier to follow; `tests/test_structure.py` holds them to bounds.
+different adapters. Fewer moves make code that is easier to follow; `tests/test_structure.py` checks upper bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Walk:
     """Follows the package's own frames while a function runs.
 
     Attributes:
-        files: the files that were walked through, in order, each counted anew when it is come back to.
+        files: the files on the path, in order; a file counts again when the path returns to it.
         calls: the functions that were called, in order, with their file.
     """
 
@@ -72,7 +72,7 @@ class Walk:
 
 
 def walks() -> dict[str, Walk]:
-    """The walks of the three passes, each after one to warm up."""
+    """The walks of the three passes, each after a warm-up pass."""
     config = ReftConfig(r=2, positions="f2+l2", layers_to_transform=[1], task_type="CAUSAL_LM")
     model, mixed = (get_peft_model(tiny_llama(), config, adapter_name="a") for _ in range(2))
     mixed.add_adapter("b", ReftConfig(r=2, positions="l1", layers_to_transform=[1], task_type="CAUSAL_LM"))

@@ -24,12 +24,13 @@ from runs import (
 from suites import Arithmetic, Commonsense, Instruct, Row, generate, majority
 
 # isort: split
+from choices import CommonsenseChoices, LabelWords
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
-Suite = type[Commonsense] | type[Arithmetic] | type[Instruct]
+Suite = type[Commonsense] | type[Arithmetic] | type[Instruct] | LabelWords | CommonsenseChoices
 
 
 @dataclass
@@ -50,12 +51,14 @@ class GenerationArguments(PaperArguments):
 class GenerationRun:
     """A suite, what is asked of it, and the run's folder."""
 
+    arguments_type = GenerationArguments
+
     def __init__(
         self, suite: Suite, argv: Sequence[str] | None, defaults: dict[str, Any], quick: dict[str, Any]
     ) -> None:
         quick = {"data": str(SAMPLES / suite.name)} | quick
         self.suite = suite
-        self.arguments, self.training, recipe = parse(argv, GenerationArguments, SFTConfig, suite.name, defaults, quick)
+        self.arguments, self.training, recipe = parse(argv, self.arguments_type, SFTConfig, suite.name, defaults, quick)
         self.tasks = self.arguments.tasks or list(suite.tasks)
         if unknown := set(self.tasks) - set(suite.tasks):
             raise SystemExit(f"--tasks {' '.join(sorted(unknown))}: {suite.name} has {', '.join(suite.tasks)}.")
@@ -141,6 +144,16 @@ class GenerationRun:
         rows = load_dataset(data, split="test").filter(lambda row: row["task"] == task).to_list()
         return (draw(rows, self.arguments.eval_rows), f"{data}, test") if rows else None
 
+    def tests(self) -> dict[str, tuple[list[Row], str]]:
+        """The test rows of all tasks, and where they are from."""
+        tests = {task: found for task in self.tasks if (found := self.test_rows(task)) is not None}
+        if missing := [task for task in self.tasks if task not in tests]:
+            message = f"There are no test data of {', '.join(missing)} in {self.arguments.data}"
+            if self.arguments.tasks or not tests:
+                raise SystemExit(f"{message}.")
+            print(f"{message}: left out")
+        return tests
+
     def answers(self, model: PreTrainedModel, task: str, rows: list[Row]) -> list[str]:
         """Prompts with the texts that follow; kept in `generations/`, so that an interrupted evaluation goes on."""
         prompts = [self.suite.prompt(row) for row in rows]
@@ -192,13 +205,7 @@ def _json_line(content: dict[str, Any]) -> str:
 def scored_run(suite: type[Commonsense] | type[Arithmetic], argv: Sequence[str] | None, quick: dict[str, Any]) -> dict:
     """Train, answer every task of a suite, and write the percentages of right answers beside the majority's."""
     this = GenerationRun(suite, argv, {}, quick)
-    # Before training, which is long.
-    tests = {task: found for task in this.tasks if (found := this.test_rows(task)) is not None}
-    if missing := [task for task in this.tasks if task not in tests]:
-        message = f"There are no test data of {', '.join(missing)} in {this.arguments.data}"
-        if this.arguments.tasks or not tests:
-            raise SystemExit(f"{message}.")
-        print(f"{message}: left out")
+    tests = this.tests()  # before training, which is long
     model = this.model()
     tasks: dict[str, dict[str, Any]] = {}
     with measured() as cost:

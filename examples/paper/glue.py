@@ -5,7 +5,8 @@
     python examples/paper/glue.py --preset roberta-base                           # the paper's recipe, data of the hub
 
 FOLDER holds `<task>.train.jsonl.gz` and `<task>.validation.jsonl.gz`. As in the paper, one part of the validation set
-picks the best epoch and the rest gives the score. `--method none` trains the head alone. All flags, those of
+picks the best epoch and the rest gives the score; with `--dev_rows`, training rows that are kept back pick it and the
+whole validation set gives the score. `--method none` trains the head alone. All flags, those of
 Transformers' TrainingArguments among them: --help.
 """
 
@@ -31,7 +32,7 @@ from runs import (
     read_rows,
     write_json,
 )
-from suites import GLUE_TASKS, METRICS, Row, glue_metrics, validation_halves
+from suites import GLUE_TASKS, METRICS, Row, metrics_with_error, validation_halves
 
 # isort: split
 from datasets import Dataset, load_dataset
@@ -63,6 +64,10 @@ class GlueArguments(PaperArguments):
         default="nyu-mll/glue", metadata={"help": "Folder of the data, or the name of a data set on the hub."}
     )
     max_length: int = field(default=256, metadata={"help": "Longest sequence, in tokens."})
+    dev_rows: int = field(
+        default=0,
+        metadata={"help": "So many training rows pick the best epoch, and all validation rows give the score."},
+    )
 
 
 def load_split(data: str, task: str, split: str) -> list[Row]:
@@ -88,20 +93,31 @@ def prepare(rows: list[Row], task: str, tokenize: Callable, longest_first: bool 
     return Dataset.from_dict({name: [column[number] for number in order] for name, column in columns.items()})
 
 
+def split_rows(arguments: GlueArguments, task: str, seed: int, trains: bool) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows to train on, those that pick the epoch, and those that give the score."""
+    validation, dev = load_split(arguments.data, task, "validation"), arguments.dev_rows
+    train = load_split(arguments.data, task, "train") if trains or dev else []
+    train = draw(train, None if arguments.train_rows is None else arguments.train_rows + dev)
+    if not dev:
+        parts = [[validation[number] for number in part] for part in validation_halves(len(validation), seed)]
+    elif dev >= len(train):
+        raise SystemExit(f"--dev_rows {dev} leaves none of {len(train)} rows to train on.")
+    else:
+        train, parts = train[:-dev], [train[-dev:], validation]
+    picking, scoring = (draw(part, arguments.eval_rows) for part in parts)
+    return train if trains else [], picking, scoring
+
+
 def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
-    """Train one task, keep the best epoch of the first part of the validation set, score on the other part."""
+    """Train one task, keep the epoch that is best on the rows that pick it, score on others."""
     arguments, training = parse(argv, GlueArguments, TrainingArguments, "glue", DEFAULTS, QUICK, task)[:2]
     training.output_dir = str(Path(training.output_dir, task))
     run = Run("glue", Path(training.output_dir), arguments, training, "SEQ_CLS")
     tokenizer = load_tokenizer(arguments.model)
     tokenize = partial(tokenizer, truncation=True, max_length=arguments.max_length)
 
-    validation = load_split(arguments.data, task, "validation")
-    parts = [
-        prepare([validation[number] for number in draw(part, arguments.eval_rows)], task, tokenize, longest_first=True)
-        for part in validation_halves(len(validation), training.seed)
-    ]
-    train = draw(load_split(arguments.data, task, "train"), arguments.train_rows) if run.trains else []
+    train, *parts = split_rows(arguments, task, training.seed, run.trains)
+    parts = [prepare(rows, task, tokenize, longest_first=True) for rows in parts]
     print(f"{task}: {len(train):,} rows to train on, {len(parts[0]):,} that pick the epoch, {len(parts[1]):,} to score")
 
     set_seed(training.seed)
@@ -112,7 +128,7 @@ def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=prepare(train, task, tokenize) if train else None,
         eval_dataset=parts[0],
-        compute_metrics=lambda prediction: glue_metrics(task, prediction.predictions, prediction.label_ids),
+        compute_metrics=lambda prediction: metrics_with_error(task, prediction.predictions, prediction.label_ids),
     )
     if run.trains:
         run.train(trainer)
@@ -125,7 +141,7 @@ def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
 
 def metrics_of(evaluation: dict[str, float]) -> dict[str, float]:
     """Without what the trainer adds about itself."""
-    names = {"score", *METRICS}
+    names = {"score", "standard_error", *METRICS}
     evaluation = {name.removeprefix("eval_"): value for name, value in evaluation.items()}
     return {name: value for name, value in evaluation.items() if name in names}
 

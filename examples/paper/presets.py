@@ -87,6 +87,8 @@ GENERATION_PRESETS = {
             smollm2, 8, "f7+l7", True, 512, _training(4e-3, 3, 8, 1, 0.1) | _GROUPED, generation={"max_new_tokens": 256}
         ),
     },
+    # Not the paper's: answers by log-likelihood.
+    "likelihood": {"smollm2": Recipe(smollm2, 4, "f3+l3", True, 128, _training(2e-3, 1, 16, 1, 0.06) | _GROUPED)},
     "instruct": {
         "llama-7b": Recipe(
             "meta-llama/Llama-2-7b-hf",
@@ -140,7 +142,11 @@ GLUE_PRESETS = {
     # Trained to have its tokens' states averaged: no single token stands for the sentence.
     "minilm": {
         task: Recipe(minilm, 4, "all", True, 128, _training(2e-3, 3, 32, 1, 0.06) | _GROUPED) for task in GLUE_TASKS
-    }
+    },
+    # Its classifier reads the last token.
+    "smollm2": {
+        task: Recipe(smollm2, 4, "f3+l3", True, 128, _training(2e-3, 1, 16, 1, 0.06) | _GROUPED) for task in GLUE_TASKS
+    },
 }
 
 

@@ -189,6 +189,14 @@ def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str,
     return values | {"score": sum(values.values()) / len(values)}
 
 
+def metrics_with_error(task: str, logits: np.ndarray, labels: np.ndarray, resamples: int = 500) -> dict[str, float]:
+    """The metrics of a task, and the score's standard error over the rows: how far it varies as they are drawn anew."""
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
+    scores = [glue_metrics(task, logits[rows], labels[rows])["score"] for rows in drawn]
+    return glue_metrics(task, logits, labels) | {"standard_error": float(np.std(scores))}
+
+
 def validation_halves(rows: int, seed: int) -> tuple[list[int], list[int]]:
     """Which rows of a validation split pick the best epoch, and which give the score.
 

@@ -1,11 +1,11 @@
-"""Time of vLLM with ReFT adapters beside the bare engine, and beside vLLM's own LoRA: ratios of one process.
+"""Time of vLLM with ReFT adapters and with its own LoRA, relative to the bare engine in the same process.
 
     python examples/serving/benchmark.py
     python examples/serving/benchmark.py --adapters 1 --rounds 3 --rows 16
 
-Three engines with the same model: a bare one, one with ReFT adapters, one with `enable_lora`. Adapters are dealt to the
-rows of a batch in turns. The bare engine runs beside each variant, step by step in turns, so that what else the machine
-does slows both. Times are those of the process, on one thread.
+Three engines with the same model: a bare one, one with ReFT adapters, one with `enable_lora`. Adapters are assigned to
+the rows of a batch in turns. The bare engine and each variant alternate step by step, so other load on the machine
+slows both. Times are processor times, on one thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from smollm2 import smollm2_folder
 
 PROMPT_ONLY, ALL, LORA = "LoReFT r=8, f7+l7", "LoReFT r=8, all", "LoRA r=8, q and v"
 POSITIONS = {PROMPT_ONLY: "f7+l7", ALL: "all"}
-# Seconds of each step of a batch, of which the first is the prefill.
+# Seconds of each step of a batch; the first is the prefill.
 Steps = Iterator[float]
 # variant -> phase -> (seconds of the bare engine, its own) of each round
 Times = dict[str, dict[str, list[tuple[float, float]]]]
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def variants(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], Steps], dict[str, Callable[[], Steps]]]:
-    """The bare engine's batch, and those of the variants by name."""
+    """The bare engine's batch, and the variants' batches by name."""
     most = max(args.adapters)
     options = {
         "dtype": "float32",
@@ -96,7 +96,7 @@ def variants(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], Steps
 
 
 def add_reft_adapters(llm: vllm.LLM, model: str, count: int) -> None:
-    """Random adapters, which need not be saved for that."""
+    """Random adapters, in memory."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for positions in POSITIONS.values():
         config = ReftConfig(r=8, positions=positions, init_weights=False, task_type="CAUSAL_LM")
@@ -122,7 +122,7 @@ def run(
     extra_args: Sequence[dict[str, Any] | None] | None = None,
     loras: Sequence[LoRARequest | None] | None = None,
 ) -> Steps:
-    """Run a batch, a step each time that the caller asks for its seconds."""
+    """Run a batch, one step per `next`; yields its seconds."""
     engine, nothing = llm.llm_engine, [None] * len(prompts)
     for number, (ids, extra, lora) in enumerate(zip(prompts, extra_args or nothing, loras or nothing, strict=True)):
         params = vllm.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=extra)
@@ -134,7 +134,7 @@ def run(
 
 
 def measure(bare: Callable[[], Steps], runs: dict[str, Callable[[], Steps]], rounds: int) -> Times:
-    """Run each variant beside the bare engine; the first round does not count."""
+    """Run each variant in turns with the bare engine; the first round does not count."""
     times: Times = {name: {"prefill": [], "decode step": []} for name in runs}
     for number in range(rounds + 1):
         for place, (name, start) in enumerate(runs.items()):
@@ -148,14 +148,14 @@ def measure(bare: Callable[[], Steps], runs: dict[str, Callable[[], Steps]], rou
 
 
 def in_turns(bare: Steps, own: Steps, swapped: bool) -> list[tuple[float, float]]:
-    """Seconds of both for each step; `swapped`: the variant goes first."""
+    """Seconds of both for each step; `swapped`: the variant runs first."""
     if swapped:
         return [(base, variant) for variant, base in zip(own, bare, strict=True)]
     return list(zip(bare, own, strict=True))
 
 
 def report(times: Times, args: argparse.Namespace) -> str:
-    """A Markdown table of times relative to the bare engine's in the same round: throughput is one over them."""
+    """A Markdown table of throughputs relative to the bare engine's in the same round, the inverse of the times."""
     milliseconds = {
         phase: 1e3 * statistics.median(base for phases in times.values() for base, _ in phases[phase])
         for phase in ("prefill", "decode step")

@@ -1,4 +1,4 @@
-"""Two adapters to serve, made in seconds: steering vectors along and against the mood of a text.
+"""Creates two adapters to serve, in seconds: steering vectors along and against the mood of a text.
 
 python examples/serving/moods.py FOLDER          # writes FOLDER/pleased and FOLDER/displeased
 """
@@ -24,7 +24,7 @@ STRENGTH = 0.35
 
 
 def save_moods(model: str | Path, folder: str | Path) -> dict[str, str]:
-    """Save the two adapters of a model; returns their folders by name."""
+    """Save the two adapters for a model; returns their folders by name."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     pleased = [f"{thing} was wonderful, I loved every minute of it." for thing in THINGS]

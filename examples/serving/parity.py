@@ -1,10 +1,10 @@
-"""Answers of vLLM beside those of Hugging Face with this package, and what adapters share in the prefix cache.
+"""Compares vLLM's answers with those of Transformers, and shows what adapters share in the prefix cache.
 
     python examples/serving/parity.py                     # the bundled model: prints the tables of README.md
     python examples/serving/parity.py --compiled
 
-Random adapters, all in one batch with the base model. Hugging Face gets each answer's tokens and says what it would
-have taken in their place; in bfloat16, float32 is the measure for both.
+Random adapters, all in one batch with the base model. Transformers gets each answer's tokens and reports which tokens
+it would have chosen; in bfloat16, both are compared with float32.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def start(args: argparse.Namespace, folders: dict[str, str], dtype: str) -> vllm
     )
 
 
-# tokens, and of each place the log-probabilities of the five best
+# tokens, and for each position the log-probabilities of the five best
 Answer = tuple[list[int], list[dict[int, float]]]
 
 
@@ -130,7 +130,7 @@ class HuggingFace:
 
     @torch.no_grad()
     def logprobs(self, name: str, prompt: list[int], answer: list[int]) -> torch.Tensor:
-        """`[tokens, vocabulary]` of each token of an answer, float32."""
+        """Log-probabilities at each token of an answer, float32 `[tokens, vocabulary]`."""
         ids = torch.tensor([[*prompt, *answer]])
         if name == BASE:
             with self.model.disable_adapter():

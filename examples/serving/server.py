@@ -30,7 +30,7 @@ QUESTION = "How was your holiday?"
 
 @contextmanager
 def serving(model: str, adapters: dict[str, str]) -> Iterator[str]:
-    """A server as long as the context lasts; yields its address."""
+    """A server within the `with` block; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,1 +1,1 @@
-"""What an adapter does to a text: which tokens it edits, how much, and along which directions."""
+"""Analysis of adapters: which tokens of a text they edit, by how much, and along which directions."""

@@ -1,4 +1,4 @@
-"""Directions in the residual stream that tell two kinds of text apart, to steer along or to start an adapter from."""
+"""Directions in the residual stream that separate two kinds of text, to steer along or to initialize an adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tokens = Literal["differing", "mean", "last"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, after which every module is back in the mode it was in."""
+    """Put a model in evaluation mode, and restore the mode of each module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -44,30 +44,30 @@ def directions_from_pairs(
     layers: Iterable[int],
     tokens: Tokens = "differing",
 ) -> dict[int, torch.Tensor]:
-    """Difference of means: where `positive` texts are on average, seen from `negative` ones.
+    """Difference of means: the mean representation of `positive` texts minus that of `negative` ones.
 
-    Adapters of a PEFT model are off meanwhile. Texts that differ in nothing else, pair by pair, give the cleanest
-    directions. Added at strength 1 (`set_directions` of a `lobireft` adapter), the direction moves a representation as
-    far as the two means are apart.
+    Adapters of a PEFT model are disabled for this. Pairs of texts that differ in nothing else give the cleanest
+    directions. Added at strength 1 (`set_directions` of a `lobireft` adapter), the direction moves a representation by
+    the distance between the two means.
 
     Args:
         model: a Transformers model with one stack of blocks, or a PEFT model around one.
         tokenizer: its tokenizer.
-        positive: texts that have what the direction is to stand for.
-        negative: texts that have not.
+        positive: texts with the property that the direction represents.
+        negative: texts without it.
         layers: numbers of blocks whose output is compared; negative numbers count from the end.
-        tokens: which tokens of a text count. `"differing"`: the mean of those from where the texts of a pair,
-            `positive[i]` and `negative[i]`, begin to differ. `"mean"`: the mean of all of them, without special ones at
-            the start, for lists that are no pairs. `"last"`: the last one, which has seen all of the text, for texts
-            that end in the same token. The first was the best choice over several shapes of texts
+        tokens: which tokens of a text count. `"differing"`: the mean of all tokens from the first one in which the
+            texts of a pair, `positive[i]` and `negative[i]`, differ. `"mean"`: the mean of all tokens, without special
+            ones at the start, for lists that are not pairs. `"last"`: the last one, which has seen the whole text, for
+            texts that end in the same token. `"differing"` was the best choice over several forms of texts
             (`examples/benchmarks/directions.py`).
 
     Returns:
-        Each of `layers` -> float32 `[1, d]` on the CPU, as long as the means are apart.
+        Each of `layers` -> the difference of the means, float32 `[1, d]` on the CPU, not normalized.
 
     Raises:
-        ValueError: no texts, texts without tokens, lists that are no pairs, a model with several stacks or none, no
-            such layer, or an unknown choice of `tokens`.
+        ValueError: no texts, texts without tokens, lists that are not pairs, a model with several stacks or none, no
+            such layer, a layer whose output cannot be read, or an unknown choice of `tokens`.
     """
     if tokens not in get_args(Tokens):
         raise ValueError(f"tokens={tokens!r}: allowed are {list(get_args(Tokens))}.")
@@ -99,7 +99,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[int]]], tokens: Tokens) -> list[list[int]]:
-    """Index of the first token that counts of each text of both kinds; all behind it count."""
+    """Index of the first token that counts in each text of both kinds; all tokens after it count."""
     if tokens == "last":
         _warn_of_endings(tokenizer, kinds)
         return [[len(ids) - 1 for ids in texts] for texts in kinds]
@@ -109,14 +109,14 @@ def _begins(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[int]]], to
     if len(kinds[0]) != len(kinds[1]):
         raise ValueError(
             f"tokens='differing' compares pairs, got {len(kinds[0])} positive and {len(kinds[1])} negative texts; "
-            "choose tokens='mean' for lists that are no pairs."
+            "choose tokens='mean' for lists that are not pairs."
         )
     begins = []
     for i, (ids, others) in enumerate(zip(*kinds, strict=True)):
         if ids == others:
             raise ValueError(f"tokens='differing': the texts of pair {i} are the same.")
         begin = _first(a != b for a, b in zip(ids, others, strict=False))
-        # A text that the other one begins with counts with its last token.
+        # If one text is a prefix of the other, its last token counts.
         begin = min(len(ids), len(others)) if begin is None else begin
         begins.append([min(begin, len(ids) - 1), min(begin, len(others) - 1)])
     return [list(of_kind) for of_kind in zip(*begins, strict=True)]
@@ -136,7 +136,7 @@ def _warn_of_endings(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[i
     ]
     warnings.warn(
         f"tokens='last' compares last tokens, but the lists end differently: only positive texts end in {only[0]}, "
-        f"only negative ones in {only[1]}. Most of such a direction tells these tokens apart. End all texts alike, or "
+        f"only negative ones in {only[1]}. Such a direction mostly separates these tokens. End all texts alike, or "
         "choose tokens='differing' or 'mean'.",
         stacklevel=4,
     )
@@ -145,7 +145,7 @@ def _warn_of_endings(tokenizer: PreTrainedTokenizerBase, kinds: list[list[list[i
 def _mean_states(
     model: nn.Module, block_list: BlockList, texts: list[list[int]], begins: list[int], numbers: Sequence[int]
 ) -> torch.Tensor:
-    """Mean over texts of the mean state of the tokens that count, behind each of the blocks; float32 `[layers, d]`."""
+    """Mean over texts of the mean state of the tokens that count, after each of the blocks; float32 `[layers, d]`."""
     total = torch.zeros(())
     for begin in range(0, len(texts), _BATCH):
         batch = slice(begin, begin + _BATCH)
@@ -156,7 +156,7 @@ def _mean_states(
 def _states(
     model: nn.Module, block_list: BlockList, texts: list[list[int]], begins: list[int], numbers: Sequence[int]
 ) -> torch.Tensor:
-    """Mean state of the tokens of each text that count, behind each of the blocks; float32 `[layers, texts, d]`."""
+    """Mean state of the tokens of each text that count, after each of the blocks; float32 `[layers, texts, d]`."""
     # Padded here, on the right: many tokenizers of language models have no padding token.
     lengths = torch.tensor([len(ids) for ids in texts])
     padded = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True)

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditNorms:
-    """`values` `[batch, tokens, places]` float32 on the CPU: `||edit|| / ||h||`, 0 where nothing is edited.
+    """Relative sizes of edits, `||edit|| / ||h||`.
 
-    `places` names the edited module of each column (with `" input"` where it is the input that is edited).
+    Attributes:
+        values: float32 `[batch, tokens, places]` on the CPU, 0 where nothing is edited.
+        places: name of the edited module of each column, with `" input"` after it if its input is edited.
     """
 
     values: torch.Tensor
     places: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A line for each row of the batch and place: which tokens are edited, how much on average and at most."""
+        """One line per row of the batch and place: the number of edited tokens, their mean and largest edit."""
         lines = []
         for i, row in enumerate(self.values):
             for values, place in zip(row.T, self.places, strict=True):
@@ -43,8 +45,11 @@ class EditNorms:
         """A heatmap of one row of the batch: tokens from left to right, layers from bottom to top.
 
         Args:
-            tokens: labels, one a token, such as `tokenizer.convert_ids_to_tokens(ids)`.
+            tokens: labels, one per token, such as `tokenizer.convert_ids_to_tokens(ids)`.
             row: which row of the batch.
+
+        Returns:
+            A matplotlib figure that is not shown yet.
 
         Raises:
             ImportError: matplotlib is missing (`pip install peft-reft[plot]`).
@@ -67,12 +72,12 @@ class EditNorms:
 
 @torch.no_grad()
 def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None = None) -> EditNorms:
-    """Size of the edits of the active adapters, relative to what they edit, in one forward pass.
+    """Size of the active adapters' edits in one forward pass, relative to the representations that they edit.
 
     Args:
         model: a model with ReFT adapters.
-        inputs: arguments of its `forward`; what counts as prompt is told as in training (`labels`, `prompt_mask`),
-            without either all of it does.
+        inputs: arguments of its `forward`. `labels` or `prompt_mask` mark the prompt as in training; without either
+            the whole text is prompt.
         stream: `"encoder"` or `"decoder"`, for adapters that edit both stacks of an encoder-decoder model.
 
     Raises:
@@ -101,7 +106,7 @@ def edit_norms(model: nn.Module, inputs: Mapping[str, Any], stream: str | None =
 
 
 def _watch(layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[RemovableHandle]:
-    """Hooks around that of a layer, which measure its edits."""
+    """Register hooks before and after the hook of a layer, which measure its edits."""
     module = layer.host
     before: list[torch.Tensor] = []
 
@@ -125,7 +130,7 @@ def _watch(layer: ReftLayer, sizes: dict[ReftLayer, torch.Tensor]) -> list[Remov
 
 
 def _tokens(layer: ReftLayer, hidden: torch.Tensor) -> torch.Tensor:
-    """The tokens in what a layer's module puts out, `[batch, tokens, features]`."""
+    """The tokens in a module's input or output, `[batch, tokens, features]`."""
     layout, seen = layer.place.layout, [hidden]
     if layout is not None:
         pass_ = layer.tracker.innermost()

@@ -1,4 +1,4 @@
-"""Shows which tokens of a text an adapter edits: a chat template checked in one look."""
+"""Shows which tokens of a text an adapter edits, for example to check a chat template."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from peft_reft.tokens.prompts import CallTokens, Told
 
 Messages = Sequence[dict[str, Any]]
 
-# ANSI background colors and their like in HTML, one for each unit.
+# ANSI background colors and their HTML equivalents, one for each unit.
 _COLORS = ((42, "#a6e3a1"), (44, "#89b4fa"), (45, "#f5c2e7"), (43, "#f9e2af"), (46, "#94e2d5"))
 
 
 @dataclass(frozen=True)
 class _Edits:
-    """What one adapter edits: the unit of each token (0 for none), at a number of layers."""
+    """The edits of one adapter: the code of each token (0 for no edit, else 1 + the unit's index), and the number of
+    layers.
+    """
 
     adapter: str
     positions: Positions
@@ -45,12 +47,12 @@ class _Edits:
 def show_positions(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text_or_messages: str | Messages | torch.Tensor
 ) -> None:
-    """Print a text with the tokens that the model's active adapters edit marked, by unit, and at how many layers.
+    """Print a text in which the tokens that active adapters edit are marked by unit, and the number of edited layers.
 
-    A text, or messages that end with the user's turn, are shown as `generate` takes them: all of it is prompt. In
-    messages that end with the assistant's turn that turn is the completion, as in prompt/completion training data.
-    Token ids, such as a processor makes of a text with images, are a prompt too: every place of an image is a token.
-    Colored in a terminal, HTML in a notebook, `[brackets]` elsewhere.
+    A text, or messages that end with the user's turn, are shown as `generate` sees them: all of it is prompt. In
+    messages that end with the assistant's turn, that turn is the completion, as in prompt/completion training data.
+    Token ids, such as a processor's for a text with images, are a prompt too: every image token counts. The output is
+    colored in a terminal, HTML in a notebook, and marked with `[brackets]` elsewhere.
 
     Args:
         model: a PEFT model with ReFT adapters, or a model that they were injected into.
@@ -132,7 +134,7 @@ def _to_text(pieces: list[str], edits: list[_Edits], colored: bool) -> str:
 def _mark(piece: str, code: int, colored: bool) -> str:
     if code == 0:
         return piece
-    # A line break takes its color along to the end of the line, so it is shown as a sign first.
+    # A colored line break would color the rest of the line, so a symbol stands for it.
     shown = piece.replace("\n", "⏎")
     breaks = "\n" * piece.count("\n")
     if colored:

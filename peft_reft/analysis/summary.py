@@ -1,4 +1,4 @@
-"""What adapters are, in a line each."""
+"""One-line summaries of adapters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _LORA_RANK = 8
 
 
 def summary(model: nn.Module) -> str:
-    """One line for each ReFT adapter of a model: method, rank, tokens, places and number of parameters.
+    """One line per ReFT adapter of a model: method, rank, tokens, places and number of parameters.
 
-    The number is compared with that of a LoRA adapter of PEFT's defaults, where PEFT has any for this type of model.
+    The number is compared with a LoRA adapter with PEFT's defaults, if PEFT has defaults for this type of model.
 
         >>> print(summary(model))
         default: loreft r=4 on l1, 3 of 3 layers, 780 parameters (29% of those of LoRA with r=8 on q_proj, v_proj)
@@ -68,7 +68,7 @@ def _where(own: list[ReftLayer]) -> str:
 
 
 def _share_of_lora(model: nn.Module, count: int) -> str:
-    """How a number of parameters compares with those of a LoRA adapter; empty where PEFT has no defaults for one."""
+    """A number of parameters as a share of a LoRA adapter's, in words; empty if PEFT has no LoRA defaults here."""
     base = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     model_type = None if base is None else base.config.get_text_config().model_type
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)

@@ -3,7 +3,7 @@
     python -m peft_reft.convert SRC DST --base-model NAME --positions f7+l7      # pyreft
     python -m peft_reft.convert SRC DST                                          # adapters
 
-Of the base model only the configuration is read, no weights.
+It reads the configuration of the base model, no weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-# Where the rows of R are not orthonormal: the method with the same equation and any rows.
+# For rows of R that are not orthonormal: the method with the same equation and any rows.
 _UNCONSTRAINED = {"loreft": "noreft", "direft": "nodireft", "consreft": "noreft", "lobireft": "nodireft"}
 _ORTHONORMAL = 1e-5
 
@@ -59,15 +59,16 @@ def convert(
     Parameters of the base model that were trained too (a classification head) become `modules_to_save`.
 
     Args:
-        source: the folder. Of pyreft: what `ReftModel.save` or `ReftTrainer` wrote, or the folder with its
-            `intervenable_model` inside; of adapters: what `save_adapter` wrote.
-        target: the folder to write, which must not exist or be empty.
-        positions: the tokens that pyreft edited, such as `"f7+l7"`; its folders do not tell. `adapters` stores it.
+        source: the folder: for pyreft, what `ReftModel.save` or `ReftTrainer` wrote, or the folder that contains its
+            `intervenable_model`; for adapters, what `save_adapter` wrote.
+        target: the folder to write; it must be empty or not exist.
+        positions: the tokens that pyreft edited, such as `"f7+l7"`; its folders do not store them. `adapters` stores
+            them.
         share_weights: whether pyreft edited all of them with the same weights (its argument of the same name).
-        base_model: name or folder of the base model, or the model (which stays as it is). `adapters` may store it.
-        intervention: the method, where the folder does not tell it.
-        act_fn: the activation pyreft was given. `adapters` stores it.
-        dropout: the dropout pyreft was given, 0 by default. `adapters` stores it.
+        base_model: name or folder of the base model, or the model (which does not change). `adapters` may store it.
+        intervention: the method, if the folder does not store it.
+        act_fn: the activation that pyreft used. `adapters` stores it.
+        dropout: the dropout that pyreft used, 0 by default. `adapters` stores it.
         task_type: PEFT's task type, which chooses the class of the base model; None for a model that is passed.
         num_labels: number of labels of a classifier, if the base model's configuration has another.
 
@@ -75,8 +76,8 @@ def convert(
         `target`.
 
     Raises:
-        ValueError: the folder is broken, contradicts the arguments, or holds what has no exact counterpart; the message
-            names the file and the key.
+        ValueError: the folder is broken, contradicts the arguments, or holds something without an exact counterpart;
+            the message names the file and the key.
         FileNotFoundError: a file, or the folder, is missing.
         FileExistsError: `target` is not an empty folder.
     """
@@ -104,8 +105,8 @@ def _read_pyreft(
 ) -> tuple[PreTrainedModel, ForeignAdapter]:
     if given["positions"] is None:
         raise ValueError(
-            "pyreft stores no positions: give those that the adapter was trained with as positions (--positions), "
-            "for instance 'f7+l7'."
+            "pyreft stores no positions: pass the positions that the adapter was trained with (--positions), for "
+            "instance 'f7+l7'."
         )
     words = parse(given["positions"], bool(given["share_weights"]))
     model = _skeleton(*base)
@@ -128,7 +129,12 @@ def _check_target(target: Path) -> None:
 
 
 def _is_adapterhub(source: Path) -> bool:
-    """Whether the folder is of `adapters`, else it is of pyreft."""
+    """Whether the folder is from `adapters`, rather than from pyreft.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+        ValueError: it is from neither.
+    """
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder.")
     if adapterhub.is_adapterhub(source):
@@ -158,7 +164,7 @@ def _skeleton(base: str | Path | PreTrainedModel | None, task_type: str | None, 
             return type(base)(deepcopy(base.config))
     if not base:
         raise ValueError(
-            "The base model is needed for the names of its modules: give its name or folder (only its configuration is "
+            "The base model is needed for the names of its modules: pass its name or folder (only its configuration is "
             "read), or the model, as base_model (--base-model)."
         )
     if task_type not in AUTO_CLASSES:
@@ -173,16 +179,16 @@ def _skeleton(base: str | Path | PreTrainedModel | None, task_type: str | None, 
 
 
 def _with_any_rows(adapter: ForeignAdapter) -> ForeignAdapter:
-    """An adapter whose projection is not orthonormal, although it should be, as one of a method that does not ask."""
+    """The adapter; if its method needs orthonormal rows and they are not, as an adapter of an unconstrained method."""
     method = adapter.options["intervention"]
     intervention = INTERVENTIONS[method]
     deviation, source = max((_deviation(edit), edit.source) for edits in adapter.edits.values() for edit in edits)
     if not (issubclass(intervention, LowRankIntervention) and intervention.orthonormal) or deviation <= _ORTHONORMAL:
         return adapter
     warnings.warn(
-        f"{source}: the rows of R are not orthonormal (R R^T differs from the identity by {deviation:.1e}; weight "
-        f"decay and training on from a loaded adapter do that to torch's parametrization). The adapter becomes "
-        f"{_UNCONSTRAINED[method]!r} in place of {method!r}, which has the same outputs.",
+        f"{source}: the rows of R are not orthonormal (R R^T differs from the identity by {deviation:.1e}; torch's "
+        f"parametrization gets there by weight decay, or by training a loaded adapter further). The adapter becomes "
+        f"{_UNCONSTRAINED[method]!r} in place of {method!r}, with the same outputs.",
         stacklevel=3,
     )
     edits = {
@@ -198,7 +204,7 @@ def _deviation(edit: Edit) -> float:
 
 
 def _build(adapter: ForeignAdapter, model: PreTrainedModel, task_type: str | None) -> PeftModel:
-    """The skeleton with the adapter, whose weights alone are real."""
+    """The skeleton with the adapter; only the adapter's weights are real."""
     config = ReftConfig(
         r=_rank(adapter),
         **_where(list(adapter.edits)),
@@ -209,7 +215,7 @@ def _build(adapter: ForeignAdapter, model: PreTrainedModel, task_type: str | Non
     )
     edits = {_site(model, config, place): edits for place, edits in adapter.edits.items()}
     if len(edits) < len(adapter.edits):
-        raise ValueError(f"Two of the places that the adapter edits are one: {', '.join(map(str, adapter.edits))}.")
+        raise ValueError(f"The adapter edits the same place twice: {', '.join(map(str, adapter.edits))}.")
     peft_model = get_peft_model(model, config, ADAPTER)
     layers = {(each.site_name, each.side): each for each in peft_model.modules() if isinstance(each, ReftLayer)}
     if layers.keys() != edits.keys():
@@ -235,8 +241,8 @@ def _where(places: Sequence[Place]) -> dict[str, object]:
     components, layers = ({place[i] for place in places} for i in range(2))
     if len(places) < len(components) * len(layers):
         raise ValueError(
-            f"The interventions edit {', '.join(f'{c!r} of layer {n}' for c, n in places)}; several components have to "
-            "be on the same layers each."
+            f"The interventions edit {', '.join(f'{c!r} of layer {n}' for c, n in places)}; several components must "
+            "all be edited in the same layers."
         )
     return {"component": sorted(components), "layers_to_transform": sorted(layers)}
 
@@ -258,12 +264,12 @@ def _fill(layer: ReftLayer, edits: list[Edit]) -> None:
         if edit.projection.shape[1] != layer.out_features:
             raise ValueError(
                 f"{edit.source} edits {edit.projection.shape[1]} features, but {layer.site_name!r} of the base model "
-                f"has {layer.out_features}: it is another model."
+                f"has {layer.out_features}: this is another model."
             )
     for name, _ in list(intervention.named_parameters()):
         stacked = torch.stack([getattr(edit, name).float() for edit in edits])
         if name == "projection" and intervention.orthonormal:
-            # Training goes on with steps as long as before.
+            # So that further training rotates the rows as far per step as before.
             stacked = ROW_LENGTH * stacked
         setattr(intervention, name, nn.Parameter(stacked, requires_grad=False))
 
@@ -272,19 +278,20 @@ def _fill(layer: ReftLayer, edits: list[Edit]) -> None:
 
 
 def _trained_modules(model: nn.Module, weights: dict[str, torch.Tensor], prefix: str = "") -> Iterator[str]:
-    """The largest modules of which all parameters are in `weights`.
+    """Names of the largest modules whose parameters are all in `weights`.
 
     Raises:
-        ValueError: a weight is of no parameter, of another shape, or the only one of its module.
+        ValueError: a weight has no parameter in the model, another shape, or belongs to a module that is only partly in
+            `weights`.
     """
     parameters = dict(model.named_parameters(prefix.rstrip("."), remove_duplicate=False))
     for name in sorted(name for name in weights if name.startswith(prefix)):
         if name not in parameters or parameters[name].shape != weights[name].shape:
             wanted = f"[{', '.join(map(str, parameters[name].shape))}]" if name in parameters else "no such parameter"
             raise ValueError(
-                f"Besides the interventions the folder has the weight {name!r} {list(weights[name].shape)}, of which "
-                f"the base model has {wanted}. Give the right base model, task_type (--task-type) and num_labels "
-                "(--num-labels), or take the weights out of (a copy of) the folder to convert the edits alone."
+                f"Besides the interventions the folder has the weight {name!r} {list(weights[name].shape)}, but the "
+                f"base model has {wanted}. Pass the right base model, task_type (--task-type) and num_labels "
+                "(--num-labels), or remove the weights from a copy of the folder to convert only the edits."
             )
     for name, child in model.named_children():
         own = {key for key in parameters if key.startswith(f"{prefix}{name}.")}

@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m peft_reft.convert",
         description="Convert a ReFT adapter of pyreft or of AdapterHub's adapters into a PEFT adapter with the same "
-        "outputs. Of the base model only the configuration is read.",
+        "outputs. Only the configuration of the base model is read.",
     )
     parser.add_argument("source", metavar="SRC", help="folder that pyreft or adapters saved")
     parser.add_argument("target", metavar="DST", help="folder to write; must not exist or be empty")
@@ -24,11 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         "--share-weights", action="store_true", help="pyreft edited all positions with the same weights"
     )
     parser.add_argument("--base-model", help="name or folder of the base model")
-    parser.add_argument(
-        "--intervention", choices=sorted(_METHODS), help="the method, where the folder does not tell it"
-    )
-    parser.add_argument("--act-fn", help="activation that pyreft was given (adapters stores it)")
-    parser.add_argument("--dropout", type=float, help="dropout that pyreft was given (adapters stores it)")
+    parser.add_argument("--intervention", choices=sorted(_METHODS), help="the method, if the folder does not store it")
+    parser.add_argument("--act-fn", help="activation that pyreft used (adapters stores it)")
+    parser.add_argument("--dropout", type=float, help="dropout that pyreft used (adapters stores it)")
     parser.add_argument("--task-type", default="CAUSAL_LM", choices=sorted(AUTO_CLASSES), help="default: CAUSAL_LM")
     parser.add_argument("--num-labels", type=int, help="labels of a classifier, if the base's configuration has others")
     return parser

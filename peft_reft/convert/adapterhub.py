@@ -1,8 +1,8 @@
 """Reads ReFT adapters that AdapterHub's `adapters` saved.
 
 A folder of `save_adapter` has an `adapter_config.json` with positions, sharing, dropout and activation, the weights by
-their names in the model, and the prediction head. It does not hold what tells NoReFT from DiReFT (adapters 1.3.0, which
-itself loads a saved DiReFT adapter as NoReFT).
+their names in the model, and the prediction head. It does not store the option that distinguishes NoReFT from DiReFT
+(adapters 1.3.0, which itself loads a saved DiReFT adapter as NoReFT).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 _KEY = re.compile(
     r"(?P<stack>.+)\.(?P<layer>\d{1,9})\.reft_layer\.refts\.(?P<name>.+)\.units\.(?P<unit>[01])\.(?P<key>.+)"
 )
-# orthogonality, subtract_projection -> the method; without the latter the first of two is what `adapters` would load.
+# orthogonality, subtract_projection -> the method. If the latter is missing, `adapters` loads the first of two.
 _METHODS = {
     (True, True): "loreft",
     (True, False): "direft",
@@ -47,19 +47,19 @@ def is_adapterhub(folder: Path) -> bool:
 
 
 def base_model(folder: Path) -> tuple[str | None, int | None]:
-    """Name of the base model and number of labels that the folder names, None for what it does not.
+    """Name of the base model and number of labels in the folder, each None if the folder lacks it.
 
     Raises:
-        ValueError: they are no name, and no number of labels.
+        ValueError: the name is not a string, or the number of labels is out of range.
     """
     path, head = folder / CONFIG, folder / HEAD_CONFIG
     name = read_json(path).get("model_name")
     if not isinstance(name, str | None):
         raise ValueError(f"{path}: 'model_name' is {name!r}.")
     labels = read_json(head).get("num_labels") if present(head) else None
-    # Transformers makes a name for each.
+    # Transformers creates a name for each label, so a huge number would exhaust memory.
     if labels is not None and not (type(labels) is int and 0 < labels <= _MOST_LABELS):
-        raise ValueError(f"{head}: 'num_labels' is {labels!r}, where it has to be from 1 to {_MOST_LABELS}.")
+        raise ValueError(f"{head}: 'num_labels' is {labels!r}, but must be from 1 to {_MOST_LABELS}.")
     return name or None, labels
 
 
@@ -72,7 +72,7 @@ def read(folder: Path, model: PreTrainedModel, intervention: str | None = None) 
         intervention: the method, needed for NoReFT and DiReFT.
 
     Raises:
-        ValueError: the folder is broken, contradicts the arguments, or holds what has no exact counterpart.
+        ValueError: the folder is broken, contradicts the arguments, or holds something without an exact counterpart.
         FileNotFoundError: it lacks a file.
     """
     path = folder / CONFIG
@@ -101,10 +101,10 @@ def read(folder: Path, model: PreTrainedModel, intervention: str | None = None) 
 
 def _check_class(config: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
     name = str(config["model_class"])
-    # Classes with heads of `adapters` itself hold the same model, others have to be the very class.
+    # `adapters`' own classes with heads hold the same base model; for others the class must be the same.
     if name != type(model).__name__ and not name.endswith("Model"):
         raise ValueError(
-            f"{path}: the adapter was made for {name}, but the base model is {type(model).__name__}: give the right "
+            f"{path}: the adapter was made for {name}, but the base model is {type(model).__name__}: pass the right "
             "task_type (--task-type), or the model itself."
         )
 
@@ -140,8 +140,8 @@ def _method(config: dict[str, Any], asked: str | None, path: Path) -> str:
     if asked is None and subtracts is None and not orthogonal:
         raise ValueError(
             f"{path} fits NoReFT and DiReFT alike: `adapters` does not save 'subtract_projection', in which they "
-            "differ. Say how it was trained with intervention (--intervention): 'noreft' for NoReftConfig, 'nodireft' "
-            "for DiReftConfig. ('adapters' loads it as NoReFT in either case.)"
+            "differ. Pass the method that it was trained with as intervention (--intervention): 'noreft' for "
+            "NoReftConfig, 'nodireft' for DiReftConfig. ('adapters' loads it as NoReFT in either case.)"
         )
     return asked or candidates[0]
 
@@ -181,7 +181,7 @@ def _edits(
 
 def _layer(stack: str, layer: int, model: PreTrainedModel, path: Path) -> int:
     name = only_block_list(model).name
-    # Saved from a bare model, or converted for one, a prefix is missing.
+    # If the adapter was saved from a bare model, or is converted for one, a prefix is missing.
     if f".{name}".endswith(f".{stack}") or f".{stack}".endswith(f".{name}"):
         return layer
     raise ValueError(f"{path} has weights for {stack!r}, but the blocks of {type(model).__name__} are {name!r}.")
@@ -205,7 +205,7 @@ def _head(folder: Path) -> dict[str, torch.Tensor]:
     if foreign:
         raise ValueError(
             f"{path}: the prediction head {foreign[0]!r} is one that only `adapters` has. "
-            "To convert the edits alone, take the head's files out of (a copy of) the folder."
+            "To convert only the edits, remove the head's files from a copy of the folder."
         )
     return weights
 

@@ -1,4 +1,4 @@
-"""What the readers of other libraries' adapters share: the form they bring an adapter into, and checked weights."""
+"""Shared by the readers of other libraries' adapters: their common output format, and checked weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Edit(NamedTuple):
     """The parameters of one edit, floating point: `projection` and `weight` `[r, d]`, `bias` `[r]`.
 
-    `projection` is what the method's equation calls R or P, `weight` is None for a method that has none. `source` names
-    the file (and key) they come from, for errors.
+    `projection` is R or P in the method's equation, `weight` is None for a method that has none. `source` names the
+    file (and key) they come from, for errors.
     """
 
     projection: torch.Tensor
@@ -28,15 +28,14 @@ class Edit(NamedTuple):
 
 
 def check_edit(edit: Edit) -> None:
-    """
+    """Check the values of an edit.
+
     Raises:
-        ValueError: the rank is none for this width, or a value is not finite in float32.
+        ValueError: the rank is not from 1 to the hidden size, or a value is not finite in float32.
     """
     rank, features = edit.projection.shape
     if not 1 <= rank <= features:
-        raise ValueError(
-            f"{edit.source}: the rank is {rank}, where it has to be from 1 to the hidden size, {features}."
-        )
+        raise ValueError(f"{edit.source}: the rank is {rank}, but must be from 1 to the hidden size, {features}.")
     for name in ("projection", "weight", "bias"):
         tensor = getattr(edit, name)
         if tensor is not None and not torch.isfinite(tensor.float()).all():
@@ -44,7 +43,7 @@ def check_edit(edit: Edit) -> None:
 
 
 class Place(NamedTuple):
-    """Where a model is edited: a component of the layer of this number, or, without a number, a module by its name."""
+    """Where a model is edited: a component of a layer, or, if `layer` is None, the module with the name `component`."""
 
     component: str
     layer: int | None = None
@@ -57,7 +56,7 @@ class ForeignAdapter:
     Attributes:
         options: the options of `ReftConfig` that the library has: intervention, positions, share_weights, act_fn and
             dropout.
-        edits: for each place its edits: one for each word of the positions, in their order, or one for all.
+        edits: place -> its edits: one for each word of the positions, in their order, or one for all.
         weights: parameters of the base model that were trained too, by their names in it.
     """
 
@@ -83,12 +82,12 @@ def read_base_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 class Weights:
-    """The tensors of one edit, of which each is taken once; what is left at the end is an error.
+    """The tensors of one edit. Each is taken once; tensors left at the end are an error.
 
     Args:
         state: the tensors by their keys.
         source: the file they come from, for errors.
-        prefix: what stands before each key in the file.
+        prefix: the prefix of each key in the file.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], source: Path | str, prefix: str = "") -> None:
@@ -116,11 +115,14 @@ class Weights:
         return tensor
 
     def take_orthogonal(self, name: str, tall: bool) -> torch.Tensor:
-        """What `torch.nn.utils.parametrizations.orthogonal` made of the parameter `<name>.weight`, `[r, d]`.
+        """The value of `<name>.weight` under `torch.nn.utils.parametrizations.orthogonal`, `[r, d]`.
 
         Args:
             name: the module that is parametrized.
             tall: whether the parameter is stored as `[d, r]` rather than `[r, d]`.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape, or the rank is larger than the hidden size.
         """
         original = self.take(f"{name}.parametrizations.weight.original", None, None)
         original = original if tall else original.mT
@@ -131,9 +133,10 @@ class Weights:
         return _orthogonal(original.double(), base.double()).mT.to(original.dtype)
 
     def finish(self) -> None:
-        """
+        """Check that every tensor was taken.
+
         Raises:
-            ValueError: there are tensors that nothing has taken.
+            ValueError: some tensors are left.
         """
         if self.state:
             raise ValueError(f"{self.source}: nothing is known of {self._names()}.")
@@ -153,5 +156,5 @@ def _orthogonal(original: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return base @ torch.matrix_exp(lower - lower.mT)
     reflectors = original.tril(diagonal=-1)
     tau = 2 / (1 + reflectors.square().sum(-2))
-    # The diagonal holds signs. Weight decay shrinks it, and torch rounds it to zero then.
+    # The diagonal holds signs. If weight decay shrinks it, torch rounds it to zero.
     return base @ (torch.linalg.householder_product(reflectors, tau) * original.diagonal().int())

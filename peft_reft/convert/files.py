@@ -1,4 +1,4 @@
-"""Reads files that strangers made: runs nothing in them, and takes no more memory than their size on disk asks for."""
+"""Reads untrusted files: runs no code from them, and takes no more memory than their size on disk justifies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 _MOST_JSON = 2**24
 _DEEPEST_JSON = 32
 _LONGEST_KEY = 1000
-# What pickles of plain tensors name. torch.load allows more with weights_only=True: tensors that are sparse, quantized
-# or on the meta device, whose shapes cost nothing to write down, and buffers of any size.
+# The globals in pickles of plain tensors. torch.load with weights_only=True allows more: tensors that are sparse,
+# quantized or on the meta device, whose shapes take no space in the file, and buffers of any size.
 _PLAIN = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Za-z0-9]+Storage"
 )
 
 
 def present(path: Path) -> bool:
-    """Whether a name is taken, if only by a link that leads nowhere."""
+    """Whether a path exists, if only as a broken link."""
     return path.exists() or path.is_symlink()
 
 
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     key, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 0)
     if count > 1:
-        raise ValueError(f"the key {key!r} stands there {count} times")
+        raise ValueError(f"the key {key!r} occurs {count} times")
     return dict(pairs)
 
 
@@ -77,18 +77,18 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else _load_archive(path)
     except _Refused as error:
         raise ValueError(f"{path} is refused: {error}") from None
-    except Exception as error:  # whatever a parser raises, the file is to blame
+    except Exception as error:  # parsers raise many kinds of errors for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read, it seems broken: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__} instead of a dictionary of tensors.")
     for key, tensor in state.items():
         if not isinstance(key, str) or len(key) > _LONGEST_KEY:
-            raise ValueError(f"{path} has a key that is no string, or longer than {_LONGEST_KEY} characters.")
+            raise ValueError(f"{path} has a key that is not a string, or longer than {_LONGEST_KEY} characters.")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__} instead of a tensor.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {key!r} {list(tensor.shape)} is larger than what the file stores of it.")
+            raise ValueError(f"{path}: {key!r} {list(tensor.shape)} is larger than its data in the file.")
     return {key: tensor.detach() for key, tensor in state.items()}
 
 
@@ -98,24 +98,26 @@ def _check_is_file(path: Path) -> None:
 
 
 class _Refused(Exception):
-    """A file that is not broken, but does what no file of tensors has to do."""
+    """Raised for a file that is not broken, but contains something that no file of tensors needs."""
 
 
 def _load_archive(path: Path) -> Any:
     _check_archive(path)
-    # Mapped, the tensors are views on the file, which cannot grow to a larger shape that a pickle gives them.
+    # With mmap the tensors are views of the file, so a pickle cannot give them a larger shape.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what `torch.save` does not write: compression, entries that share bytes, and pickles of other things."""
+    """Raise `_Refused` for anything that `torch.save` does not write: compression, entries that share bytes, pickles of
+    other objects.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise _Refused("it is compressed, or larger inside than outside, which torch.save does not do.")
         if len({entry.filename.lower() for entry in entries}) < len(entries):
-            raise _Refused("it has several entries of one name.")
+            raise _Refused("it has several entries with the same name.")
         for entry in entries:
             if entry.filename.lower().endswith(".pkl"):
                 _check_pickle(archive.read(entry))
@@ -125,6 +127,6 @@ def _check_pickle(content: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name == "GLOBAL" and not _PLAIN.fullmatch(argument):
             raise _Refused(
-                f"its pickle names {argument.replace(' ', '.')}. Plain tensors do without; anything else could run "
-                "code (which has not happened), or take more memory than the file."
+                f"its pickle names {argument.replace(' ', '.')}. Plain tensors do not need it; it could run code "
+                "(which has not happened), or take more memory than the file."
             )

@@ -1,7 +1,7 @@
 """Reads adapters that pyreft saved.
 
 A folder of `ReftModel.save` has a `config.json` of pyvene and a `torch.save` file for each intervention, named by what
-it edits; a checkpoint of `ReftTrainer` has the latter only. Neither holds positions, sharing, dropout or activation.
+it edits; a checkpoint of `ReftTrainer` has only these files. Neither holds positions, sharing, dropout or activation.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from peft_reft.tokens.positions import Positions
 TRAINER_FOLDER = "intervenable_model"
 BASE_WEIGHTS = "pytorch_model.bin"
 
-# Models whose attention and MLP end in a projection, so that pyvene's outputs of the whole are those of the projection.
+# Models whose attention and MLP end in a projection: pyvene's outputs of the whole are the projection's outputs.
 _PLAIN_MODELS = ("gemma", "gemma2", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "olmo", "qwen2")
 _FILE = re.compile(r"intkey_(?P<place>.+)_unit_(?P<unit>.+)_nunit_(?P<units>\d+)#(?P<number>\d+)\.bin")
 _LORA_PREFIX = "base_model.model."
 
 
 class _File(NamedTuple):
-    """One intervention's file, what it edits, and which of the interventions there it is."""
+    """One intervention's file, the place that it edits, and its number among the interventions there."""
 
     path: Path
     place: Place
@@ -39,7 +39,7 @@ class _File(NamedTuple):
 
 
 def is_pyreft(folder: Path) -> bool:
-    """Whether a folder holds interventions of pyreft, or the folder in which its trainer puts them."""
+    """Whether a folder holds interventions of pyreft, or contains the folder where its trainer saves them."""
     return any(any(place.glob("intkey_*.bin")) for place in (folder, folder / TRAINER_FOLDER))
 
 
@@ -57,11 +57,11 @@ def read(
         folder: the folder.
         model: the base model, for its names; its weights are not read.
         positions: which tokens were edited.
-        intervention: the method, needed where the files do not tell it.
-        act_fn, dropout: what the interventions were made with.
+        intervention: the method, needed if the files do not store it.
+        act_fn, dropout: the options that the interventions were created with.
 
     Raises:
-        ValueError: the folder is broken, contradicts the arguments, or holds what has no exact counterpart.
+        ValueError: the folder is broken, contradicts the arguments, or holds something without an exact counterpart.
         FileNotFoundError: it lacks a file.
     """
     if not any(folder.glob("intkey_*.bin")):
@@ -71,7 +71,7 @@ def read(
     edits: dict[Place, dict[int, Edit]] = defaultdict(dict)
     for file in files:  # one at a time: some hold a [d, d] matrix
         if file.number in edits[file.place]:
-            raise ValueError(f"{file.path} edits what another file of the folder edits, with the same number.")
+            raise ValueError(f"{file.path} edits the same place as another file of the folder, with the same number.")
         weights = Weights(read_tensors(file.path), file.path)
         edits[file.place][file.number] = _READERS[name](weights, act_fn)
         weights.finish()
@@ -87,7 +87,7 @@ def read(
 
 def _by_words(edits: dict[Place, dict[int, Edit]], positions: Positions, folder: Path) -> dict[Place, list[Edit]]:
     """The edits of each place in the order of the position words."""
-    # pyreft puts first-words before last-words, however they are written.
+    # pyreft puts first-words before last-words, in whichever order they are written.
     kinds = [word.kind for word in positions.words]
     order = [("first", "last").index(kind) for kind in kinds] if set(kinds) == {"first", "last"} else range(len(kinds))
     found = {}
@@ -103,11 +103,11 @@ def _by_words(edits: dict[Place, dict[int, Edit]], positions: Positions, folder:
     return found
 
 
-# The files and what they edit.
+# The files and the places that they edit.
 
 
 def _files_from_config(folder: Path, model: PreTrainedModel) -> list[_File]:
-    """The files that the `config.json` lists, named as pyvene does."""
+    """The files that the `config.json` lists, with the names that pyvene gives them."""
     path = folder / "config.json"
     seen: Counter[str] = Counter()
     files = []
@@ -129,7 +129,7 @@ def _files_from_config(folder: Path, model: PreTrainedModel) -> list[_File]:
 
 
 def _files_from_names(folder: Path, model: PreTrainedModel) -> list[_File]:
-    """All files of interventions, and what their names tell."""
+    """All files of interventions, with the places in their names."""
     files = []
     for path in sorted(folder.glob("intkey_*.bin")):
         match = _FILE.fullmatch(path.name)
@@ -184,8 +184,8 @@ def _check_component(component: str, layer: Any, model: PreTrainedModel, path: P
     kind = model.config.get_text_config().model_type
     if not component.startswith("block_") and kind not in _PLAIN_MODELS:
         raise ValueError(
-            f"{path}: component {component!r} of a {kind!r} model: that pyvene means the same tensor has only been "
-            f"looked into for {list(_PLAIN_MODELS)}."
+            f"{path}: component {component!r} of a {kind!r} model: it has only been verified for "
+            f"{list(_PLAIN_MODELS)} that pyvene edits the same tensor."
         )
 
 
@@ -193,7 +193,11 @@ def _check_component(component: str, layer: Any, model: PreTrainedModel, path: P
 
 
 def _method(folder: Path, files: list[_File], asked: str | None) -> str:
-    """The method: what the config.json names, else what the keys tell, else what is asked for."""
+    """The method: the one in the config.json, else the one that fits the keys, else the one asked for.
+
+    Raises:
+        ValueError: the sources contradict each other, or leave several methods.
+    """
     path = folder / "config.json"
     if present(path):
         candidates = {_class_method(text, path) for text in _config_list(path, "intervention_types")}
@@ -236,7 +240,7 @@ def _key_methods(keys: Collection[str]) -> set[str]:
 def _config_list(path: Path, key: str) -> list[Any]:
     value = read_json(path).get(key)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path}: {key!r} is {value!r}, not a list with something in it. Is this a folder of pyreft?")
+        raise ValueError(f"{path}: {key!r} is {value!r}, not a list with entries. Is this a folder of pyreft?")
     return value
 
 
@@ -257,7 +261,7 @@ def _noreft(weights: Weights, act_fn: str | None) -> Edit:
         raise ValueError(
             f"{weights.source}: 'proj_layer.bias' (add_bias) is outside of act_fn={act_fn!r} and has no counterpart."
         )
-    # W h + b - (P h + p): without an activation b takes p in.
+    # W h + b - (P h + p): without an activation, b absorbs p.
     return edit._replace(bias=edit.bias.double() - shift.double())
 
 

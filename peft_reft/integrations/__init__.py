@@ -1,1 +1,1 @@
-"""Programs that load models themselves. Nothing here is imported by `import peft_reft`."""
+"""Integrations with programs that load models themselves. `import peft_reft` imports none of them."""

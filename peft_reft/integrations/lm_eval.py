@@ -1,11 +1,11 @@
-"""A model type for lm-evaluation-harness that tells each request's prompt: `hf-reft`, beside `hf`.
+"""`hf-reft`, a model type for lm-evaluation-harness like `hf` that also passes the prompt of each request.
 
     python -m peft_reft.run lm_eval --model hf-reft --model_args pretrained=BASE,peft=ADAPTER --tasks ...
 
 `hf` scores an answer without telling the model where the prompt ends, and without an attention mask: an adapter takes
-prompt, answer and padding together for the prompt, so that the score depends on the length of the answer and on the
-other requests of the batch. `hf-reft` takes the same arguments and does the same computations, but for the mask of the
-prompt. Models without a ReFT adapter get the same numbers from both.
+prompt, answer and padding together for the prompt, so the score depends on the length of the answer and on the other
+requests of the batch. `hf-reft` takes the same arguments and does the same computations, except that it passes the mask
+of the prompt. Models without a ReFT adapter get the same numbers from both.
 
 Importing this module registers the model type; `peft_reft.run` does so for lm_eval.
 """
@@ -25,7 +25,7 @@ from peft_reft.layer import layers
 
 # A request of the harness: (context, continuation) or None, tokens of the context, tokens of the continuation.
 Request = tuple[Any, list[int], list[int]]
-# With what the harness pads on the right.
+# The token id that the harness pads with, on the right.
 _PAD = 0
 
 
@@ -33,14 +33,14 @@ _PAD = 0
 class ReftLM(HFLM):
     """`HFLM`, for models with ReFT adapters. Arguments: see `HFLM`; `peft` names the adapter."""
 
-    # Tokens of a row -> number of its tokens that are prompt; None while nothing is scored.
+    # Tokens of a row -> number of its prompt tokens; None while nothing is scored.
     _prompts: dict[tuple[int, ...], int] | None = None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts.
 
         Raises:
-            ValueError: the adapter's positions need to know where a prompt ends: such a text has none.
+            ValueError: the adapter's positions need a prompt, and such a text has none.
         """
         positions = self._bounded()
         if positions is not None:
@@ -63,7 +63,7 @@ class ReftLM(HFLM):
         return [results[i] for i in range(len(requests))]
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        # It tries made-up tokens.
+        # It scores made-up tokens, which no request announces.
         with self._telling(None):
             return super()._detect_batch_size(*args, **kwargs)
 
@@ -95,7 +95,7 @@ class ReftLM(HFLM):
             self._prompts = before
 
     def _bounded(self) -> str | None:
-        """Positions of an active adapter that depend on where the prompt ends, None if there are none."""
+        """Positions of an active adapter that need the end of the prompt, None if there are none."""
         if self.backend != "causal":
             return None
         edits = (edit for layer in layers(self.model) for edit in layer.current_edits().values())
@@ -103,9 +103,9 @@ class ReftLM(HFLM):
 
 
 def _row(request: Request, most: int) -> tuple[tuple[int, ...], int]:
-    """What the model is given for a request, without padding, and how much of it is prompt.
+    """The model's input tokens for a request, without padding, and the number of its prompt tokens.
 
-    The harness leaves out the last token, and what is too long it cuts from the left.
+    The harness drops the last token, and truncates long inputs on the left.
     """
     _, context, continuation = request
     tokens = [*context, *continuation]
@@ -114,7 +114,7 @@ def _row(request: Request, most: int) -> tuple[tuple[int, ...], int]:
 
 
 def _key(row: list[int]) -> tuple[int, ...]:
-    """A row without padding: without the tokens at its end that may be padding."""
+    """A row without trailing tokens that may be padding."""
     end = len(row)
     while end and row[end - 1] == _PAD:
         end -= 1
@@ -122,7 +122,7 @@ def _key(row: list[int]) -> tuple[int, ...]:
 
 
 def _unambiguous(requests: Sequence[Request], most: int) -> list[list[int]]:
-    """Indices of requests, in groups in which the same tokens always have the same prompt."""
+    """Indices of requests, in groups within which equal tokens have equal prompts."""
     groups: list[tuple[list[int], dict[tuple[int, ...], int]]] = []
     for i, request in enumerate(requests):
         key, length = _row(request, most)

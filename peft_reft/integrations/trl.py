@@ -1,6 +1,6 @@
-"""TRL's `use_vllm=True`: its vLLM gets the adapter itself at each step, where TRL would merge it into the weights.
+"""TRL's `use_vllm=True`: vLLM gets the adapter itself at each step, instead of weights that TRL merged it into.
 
-An edit of some tokens cannot be merged. Make the trainer in a `with` block, that is all:
+An edit of some tokens cannot be merged. Create the trainer in a `with` block:
 
     from peft_reft.integrations.trl import vllm_rollouts
 
@@ -36,14 +36,15 @@ _SERVER = (
 
 @contextmanager
 def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
-    """Have trainers that are made in this block generate with the adapter as it is; mutates TRL's class until its end.
+    """Have trainers created in this block generate with the unmerged adapter. Mutates TRL's class within the block.
 
-    Works with the trainers of TRL that generate with `VLLMGeneration` (GRPO, RLOO), in both values of `vllm_mode`.
-    Models without a ReFT adapter are handled as ever.
+    Works with TRL's trainers that generate with `VLLMGeneration` (GRPO, RLOO), with both values of `vllm_mode`. For
+    models without a ReFT adapter nothing changes.
 
     **The base model's weights are not sent**: nothing trains them, and vLLM has loaded them from `model.name_or_path`.
-    Save a model that was changed in memory, by a merged LoRA say, and load it from there. TRL logs how far the
-    completions' log-probabilities are from the trained model's, as `sampling/sampling_logp_difference`.
+    If you changed a model in memory, for example by merging a LoRA, save it and load it from there. TRL logs the
+    difference between the completions' log-probabilities and the trained model's as
+    `sampling/sampling_logp_difference`.
 
     With `vllm_mode="colocate"` the engine is started in eager mode. With `vllm_mode="server"` start the server with
     `--additional-config '{"reft_adapters": {}}'`, with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, and, as
@@ -54,13 +55,13 @@ def vllm_rollouts(**engine_args: Any) -> Iterator[None]:
             `vllm_mode="colocate"`.
 
     Raises:
-        RuntimeError: TRL is built differently than 1.16.
-        ValueError: raised by the trainer, for what cannot be served: several active adapters, FSDP, DeepSpeed ZeRO-3,
-            `vllm_enable_sleep_mode`, modules outside of the layers (see `Adapter.of`).
+        RuntimeError: this version of TRL starts vLLM differently from 1.16.
+        ValueError: raised by the trainer if it has several active adapters, FSDP, DeepSpeed ZeRO-3,
+            `vllm_enable_sleep_mode`, or trained modules outside of the layers (see `Adapter.of`).
     """
     original = getattr(VLLMGeneration, "_init_vllm", None)
     if original is None or not hasattr(VLLMGeneration, "sync_weights"):
-        raise RuntimeError("This TRL starts vLLM in another way than TRL 1.16, which peft_reft knows.")
+        raise RuntimeError("This TRL starts vLLM differently from TRL 1.16, the version that peft_reft supports.")
 
     def start(self: VLLMGeneration) -> None:
         if _has_reft(self.model) and is_vllm_available():
@@ -86,15 +87,23 @@ class AdapterGeneration(VLLMGeneration):
     """TRL's generation with vLLM, for a model with a ReFT adapter.
 
     Attributes:
-        served_name: what the engine calls the adapter.
+        served_name: name of the adapter in the engine.
     """
 
     served_name: str
 
     def start(self, original: Callable[[VLLMGeneration], None], engine_args: dict[str, Any]) -> None:
-        """Start the engine, or find the server; in place of TRL's own way, `original`."""
+        """Start the engine or find the server, in place of TRL's `original`.
+
+        Args:
+            original: TRL's `VLLMGeneration._init_vllm`.
+            engine_args: see `vllm_rollouts`.
+
+        Raises:
+            ValueError: see `vllm_rollouts`.
+        """
         self._refuse(engine_args)
-        # Unlike the name of any other training at the same server.
+        # Unique among the trainings that use the same server.
         self.served_name = f"reft-{secrets.token_hex(4)}"
         self._given_arguments = self.generation_kwargs
         if self.mode == "server":
@@ -124,13 +133,17 @@ class AdapterGeneration(VLLMGeneration):
     def _find_server(self) -> None:
         if self.accelerator.is_main_process:
             url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
-            # Without its communicator for weights, which needs a GPU.
+            # No communicator for weights, which would need a GPU.
             self.vllm_client = VLLMClient(base_url=url, connection_timeout=self.server_timeout)
             atexit.register(_leave_server, self.vllm_client.base_url, self.served_name)
         self.accelerator.wait_for_everyone()
 
     def sync_weights(self) -> None:
-        """Send the adapter as it is now; called by TRL when a step has changed it."""
+        """Send the current adapter. TRL calls this when a step has changed it.
+
+        Raises:
+            RuntimeError: the server refused the adapter.
+        """
         adapter = self._adapter()
         asked = {REQUEST: {"name": self.served_name, "strength": self._strength()}}
         if self.mode == "server":
@@ -145,7 +158,11 @@ class AdapterGeneration(VLLMGeneration):
             self.generation_kwargs = {**self._given_arguments, "extra_args": extra}
 
     def generate(self, prompts: list, images: list | None, *args: Any, **kwargs: Any) -> tuple:
-        """As in TRL, for text only."""
+        """Like TRL's `generate`, for text only.
+
+        Raises:
+            ValueError: there are images.
+        """
         if images is not None and any(image is not None for image in images):
             raise ValueError("use_vllm=True with a ReFT adapter does not take images.")
         return super().generate(prompts, images, *args, **kwargs)
@@ -155,7 +172,7 @@ class AdapterGeneration(VLLMGeneration):
         return Adapter.of_model(self.model, self.model.active_adapter)
 
     def _strength(self) -> float:
-        """Training sees the strength that the model has."""
+        """The adapter's strength in the model, which training uses too."""
         settings = (layer.reft_settings.get(self.model.active_adapter) for layer in layers(self.model))
         return next(own.strength for own in settings if own is not None)
 

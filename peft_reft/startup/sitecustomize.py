@@ -1,7 +1,7 @@
-"""Registers ReFT in the Python processes that a program started by `peft_reft.run` starts: accelerate's, trl's.
+"""Registers ReFT in the child processes of a program that `peft_reft.run` runs, such as accelerate and trl.
 
-`peft_reft.run` puts this folder on PYTHONPATH, so that each of them imports this module when it starts. It waits until
-the process imports `peft`, and imports `peft_reft` right after that.
+`peft_reft.run` puts this folder on PYTHONPATH, so each child imports this module when it starts. It waits until the
+process imports `peft`, and imports `peft_reft` right after that.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class _AfterPeft(MetaPathFinder):
-    """Finds `peft` as everybody else does, and has `peft_reft` imported behind it."""
+    """Finds `peft` as usual, and has `peft_reft` imported after it."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "peft":
@@ -33,7 +33,7 @@ class _Then(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: object) -> None:
-        # As if nobody had stood between: modules are asked for their loader.
+        # Restore the original loader, because other code reads it from modules.
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         importlib.import_module("peft_reft")
@@ -41,7 +41,7 @@ class _Then(Loader):
 
 sys.meta_path.insert(0, _AfterPeft())
 
-# Python imports one `sitecustomize` only: the next one on the path has its turn here.
+# Python imports only one `sitecustomize`, so this one runs the next one on the path.
 _others = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 _next = PathFinder.find_spec("sitecustomize", _others)
 if _next is not None and _next.loader is not None:

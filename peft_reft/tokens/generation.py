@@ -1,4 +1,4 @@
-"""The prompt inside `generate`: what was handed to it, whatever passes it makes of that."""
+"""The prompt inside `generate`: the tokens passed to it, whatever passes it makes of them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from peft_reft.tokens.runs import Marks, Segments
 
 
 class Generation:
-    """One call of `generate`: what it was handed is prompt, and what it generates is not.
+    """One call of `generate`: the tokens passed to it are prompt, the tokens that it generates are not.
 
     Args:
-        ids: the token ids handed over, None for embeddings.
-        real: bool `[batch, tokens]`, the tokens handed over, those in a cache included; False on padding.
-        prompt: bool `[batch, tokens]`, those which are prompt: all real ones, less earlier generated turns.
+        ids: the token ids passed to it, None for embeddings.
+        real: bool `[batch, tokens]`, the tokens passed to it, including those in a cache; False on padding.
+        prompt: bool `[batch, tokens]`, which of them are prompt: all real ones except earlier generated turns.
         past: number of tokens already in the cache.
-        positions: the specs of the model's adapters, whose tables are made now: graphs cannot make them.
+        positions: the specs of the model's adapters. Their tables are built now, because graphs cannot build them.
 
     Attributes:
         seen: number of tokens that have passed through the model.
-        products: what interventions keep until the call ends.
+        products: cache of interventions, until the call ends.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Generation:
         """From the arguments of `generate`.
 
         Args:
-            ids: the token ids handed over, None for embeddings.
-            mask: `[batch, tokens]`, 0 on padding; None where all tokens are real.
+            ids: the token ids passed to it, None for embeddings.
+            mask: `[batch, tokens]`, 0 on padding; None if all tokens are real.
             prompt_mask: see `checked_prompt_mask`; None for all real tokens.
             call: the arguments.
             positions: see the class.
@@ -81,7 +81,7 @@ class Generation:
         tokens = CallTokens.of(dict(call) | {"input_ids": ids}, codebooks)
         if mask is not None:
             real = mask != 0
-        else:  # given nothing, Transformers begins with one token
+        else:  # without inputs, Transformers starts from one token
             shape, device = ((1, 1), None) if tokens is None else (tokens.shape, tokens.device)
             real = torch.ones(shape, dtype=torch.bool, device=device)
         prompt = real
@@ -93,20 +93,20 @@ class Generation:
         return cls(None if tokens is None else tokens.ids, real, prompt, past, positions)
 
     def draft(self) -> Generation:
-        """A call within this one that drafts for it from the same prompt."""
+        """A nested call that drafts for this one from the same prompt (assisted generation)."""
         return Generation(self.ids, self.real, self.prompt, self.past, self.positions)
 
     def stream(self, tokens: CallTokens, in_graph: bool) -> Generated | None:
-        """The tokens of one of the passes that `generate` makes; None for a pass of somebody else.
+        """The tokens of one of the passes that `generate` makes; None for a pass that other code makes.
 
         Raises:
-            RuntimeError: the pass goes on where no other has ended.
+            RuntimeError: the pass starts after more tokens than have passed through the model.
         """
         if not self._owns(tokens, in_graph):
             return None
         count, seen, length = tokens.shape[1], self.seen, self.real.shape[1]
-        # Caches made to be compiled only grow, so that the tokens seen tell where the pass starts without a look at
-        # the device. So do recurrent states.
+        # Caches for compiled steps only grow, so the tokens seen tell where the pass starts, without waiting for the
+        # device. The same holds for recurrent states.
         start = tokens.past if isinstance(tokens.past, int) or (in_graph and tokens.past is not None) else seen
         if isinstance(start, torch.Tensor):
             after = 0 if seen >= length else -1
@@ -127,15 +127,15 @@ class Generation:
         if in_graph:
             return True
         if not self._started:
-            # Rows that got lost are refused where they are edited.
+            # Lost rows raise an error where they are edited.
             return tokens.shape[0] % self.real.shape[0] != 0 or self._begins_alike(tokens)
         if tokens.cache is not None:
-            # Loops of the user's get their cache from the first pass.
+            # Decoding loops of users get their cache from the first pass.
             return tokens.cache is self._cache or (self._cache is None and tokens.past in (None, self.seen))
         return self._cache is None and tokens.shape[1] > self.real.shape[1] - self.past and self._begins_alike(tokens)
 
     def _begins_alike(self, tokens: CallTokens) -> bool:
-        """Whether a pass has the tokens that were handed over: some of the first, or all and more."""
+        """Whether a pass begins with the tokens passed to `generate`: a prefix of them, or all and more."""
         if tokens.ids is None or self.ids is None or tokens.ids.dim() != 2 or self.ids.dim() != 2:
             return True
         count = min(tokens.shape[1], self.ids.shape[1] - self.past)
@@ -145,9 +145,9 @@ class Generation:
         return torch.equal(again, handed.repeat_interleave(len(again) // len(handed), dim=0).to(again.device))
 
     def table(self, positions: Positions) -> torch.Tensor:
-        """Codes of the handed tokens, of those that `c<n>` selects and of one more, int8 `[batch, known + 1]`."""
+        """Codes of the tokens passed in, of those that `c<n>` selects and of one more, int8 `[batch, known + 1]`."""
         if positions.key not in self._tables:
-            # Generated tokens follow; how many of them `c<n>` selects depends on answer tokens already handed over.
+            # Generated tokens follow; how many of them `c<n>` selects depends on answer tokens already passed in.
             more = positions.counted + 1
             prompt = torch.nn.functional.pad(self.prompt, (0, more), value=False)
             real = torch.nn.functional.pad(self.real, (0, more), value=True)
@@ -156,7 +156,7 @@ class Generation:
         return self._tables[positions.key]
 
     def end(self, call: Mapping[str, Any], sequences: torch.Tensor, generated: int) -> None:
-        """Check what `generate` returns, and leave on its cache what a later call needs to tell prompts from answers.
+        """Check what `generate` returns, and record on its cache which tokens were prompt, for a later call.
 
         Args:
             call: the arguments of `generate`, or what it returned, with the cache.
@@ -164,9 +164,9 @@ class Generation:
             generated: how many of them were generated.
 
         Raises:
-            RuntimeError: the passes do not add up to the result: they were misread.
+            RuntimeError: the tokens of the passes do not add up to the result.
         """
-        # The last generated token does not pass through the model. A compiled step does not count.
+        # The last generated token does not pass through the model. Compiled steps are not counted.
         needed = self.real.shape[1] + generated - 1
         if self.seen == self.past and generated > 0:
             raise self._mismatch("no pass began with the tokens that it was given")
@@ -189,7 +189,7 @@ class Generation:
 
 @dataclass(eq=False)
 class Generated(Stream):
-    """The tokens of one of the passes that `generate` makes: a window on the tokens of the whole call.
+    """The tokens of one of the passes that `generate` makes: a window onto the tokens of the whole call.
 
     Attributes:
         generation: the call.
@@ -209,7 +209,7 @@ class Generated(Stream):
 
     def code_of_all(self, positions: Positions) -> int | None:
         begins = self.seen if isinstance(self.start, torch.Tensor) else self.start
-        # Compiled steps do not count those of `c<n>`.
+        # Compiled steps do not count the tokens of `c<n>`.
         known = self.generation.real.shape[1] + positions.counted
         return positions.tail if begins >= known else None
 
@@ -228,13 +228,13 @@ class Generated(Stream):
 
 
 def _recall(cache: Any, prompt: torch.Tensor, past: int, ids: torch.Tensor | None) -> torch.Tensor:
-    """Take the tokens that earlier `generate` calls put out, according to the cache, from the prompt `[batch, tokens]`.
+    """Remove from the prompt the tokens that earlier `generate` calls generated, according to the cache.
 
     Args:
         cache: the cache that `generate` continues.
-        prompt: bool `[batch, tokens]`, the real tokens handed over.
+        prompt: bool `[batch, tokens]`, the real tokens passed in.
         past: number of tokens in the cache.
-        ids: the ids handed over, None for embeddings.
+        ids: the ids passed in, None for embeddings.
     """
     record: Record | None = getattr(cache, RECORD, None)
     prompt = recalled(cache, prompt, past)
@@ -248,7 +248,7 @@ def _recall(cache: Any, prompt: torch.Tensor, past: int, ids: torch.Tensor | Non
 
 
 def _comes_again(token: torch.Tensor, ids: torch.Tensor | None, column: int, prompt: torch.Tensor) -> torch.Tensor:
-    """Whether each row's `token` stands in a column of `ids`, bool `[batch]`; embeddings do not tell, so it does."""
+    """Whether each row's `token` is in a column of `ids`, bool `[batch]`; assumed to be so for embeddings."""
     if ids is None or ids.dim() != token.dim() + 1:
         return torch.ones(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = token.repeat_interleave(prompt.shape[0] // len(token), dim=0).to(prompt.device)

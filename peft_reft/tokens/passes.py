@@ -20,8 +20,8 @@ from peft_reft.tokens.selections import EVERY_TOKEN, RowSelection, Selection, ed
 
 @dataclass(eq=False)
 class Stream:
-    """The tokens of one stream in one pass. Subclasses know what they are: `segments` says it on the host,
-    `code_of_all` and `codes` in graphs.
+    """The tokens of one stream in one pass. Subclasses find them: `segments` on the host, `code_of_all` and `codes` in
+    graphs.
 
     Attributes:
         shape: `(batch, tokens)`.
@@ -35,7 +35,7 @@ class Stream:
     _selections: dict[tuple, Selection | RowSelection | None] = field(default_factory=dict, init=False)
 
     def segments(self, positions: Positions, shape: tuple[int, int]) -> Segments:
-        """The code of each token, on the host; `shape` is that of the output which asks."""
+        """The code of each token, on the host; `shape` is the `(batch, tokens)` of the edited output."""
         raise NotImplementedError
 
     def code_of_all(self, positions: Positions) -> int | None:
@@ -47,10 +47,10 @@ class Stream:
         raise NotImplementedError
 
     def select(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
-        """The tokens of `hidden` `[batch, tokens, d]` to edit, None for none; `name` tells in errors whose it is.
+        """The tokens of `hidden` `[batch, tokens, d]` to edit, None for none; errors begin with `name`.
 
         Raises:
-            ValueError: `hidden` has another token axis than the model's input, or its prompt cannot be told.
+            ValueError: `hidden` has another token axis than the model's input, or a row has no prompt.
         """
         if not positions.needs_prompt and self._is_cut(hidden):
             return EVERY_TOKEN
@@ -62,7 +62,7 @@ class Stream:
         return self._selections[key]
 
     def select_in_graph(self, positions: Positions, hidden: torch.Tensor, name: str) -> Selection | None:
-        """As `select`, by operations that fit in a graph."""
+        """Like `select`, by operations that fit in a graph."""
         if not positions.needs_prompt and self._is_cut(hidden):
             return EVERY_TOKEN
         code = self.code_of_all(positions)
@@ -79,7 +79,7 @@ class Stream:
     def select_by_row(
         self, positions: RowPositions, hidden: torch.Tensor, name: str, in_graph: bool
     ) -> RowSelection | None:
-        """As `select`, for rows that have their own position spec each."""
+        """Like `select`, for rows with different position specs."""
         # Only a head's single token: rows of other modules, such as a vision tower's, may not be those of the batch.
         last_alone = self._is_cut(hidden) and hidden.shape[1] == 1
         if last_alone and not any(spec.needs_prompt for spec in positions.masks):
@@ -99,7 +99,7 @@ class Stream:
         return hidden.dim() == 3 and hidden.shape[1] != self.shape[1]
 
     def check_shape(self, positions: Positions, hidden: torch.Tensor, name: str) -> None:
-        """Refuse hidden representations whose tokens are not those of the pass."""
+        """Raise a ValueError if the tokens of `hidden` are not the tokens of the pass."""
         if hidden.dim() != 3 or tuple(hidden.shape[:2]) != self.shape:
             raise ValueError(
                 f"{name} {tuple(hidden.shape)}, but this pass has {self.shape[0]} sequences of "
@@ -128,7 +128,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Untold(Stream):
-    """Tokens of which the call says nothing: whatever a module puts out is one prompt."""
+    """Tokens that the call does not describe: each row of a module's output counts as one prompt."""
 
     shape: tuple[int, int] = (0, 0)
 
@@ -151,24 +151,24 @@ class Untold(Stream):
 
 @dataclass(eq=False)
 class Pass:
-    """Everything about one pass through a model, from where it enters to where it leaves.
+    """Everything about one pass through a model, from entry to exit.
 
     Attributes:
         streams: name of each stream -> its tokens.
-        requests: what the caller asks of each row.
+        requests: the caller's per-row requests, None if there are none.
         in_graph: whether operations are recorded into a graph, which must not depend on the values of tensors.
-        products: what interventions keep for later passes of the same `generate` call; None to keep nothing.
-        ids: name of each stream -> its token ids, where the call tells them.
+        products: cache of interventions for later passes of the same `generate` call; None to keep nothing.
+        ids: name of each stream -> its token ids, if the call has them.
         entry: where the pass entered.
         entered: further parts of the model that have taken up the pass.
         hooked: the entry whose hook opened the pass, until its `forward` is reached.
         generation: the `generate` call that made the pass.
-        edits: what each layer does in the pass. A checkpointed module that runs again in the backward pass does the
-            same once more, whatever was set in between.
-        called: the layers that were called, as long as the tracker watches.
-        handles: of hooks that are there for the pass only.
+        edits: the edits of each layer in the pass. A checkpointed module that runs again in the backward pass repeats
+            them, whatever was set since.
+        called: the layers that were called, while the tracker watches.
+        handles: handles of hooks that last for this pass only.
         compiled: whether a part of the model that is compiled on its own ran in the pass.
-        nodes: numbers of the first autograd node of the pass and of the first one behind it.
+        nodes: numbers of the first autograd node of the pass and of the first one after it.
         graph_task: number of the backward pass that the pass was opened in, -1 for none.
     """
 
@@ -189,6 +189,6 @@ class Pass:
     compiled: bool = False
 
     def recorded(self) -> Pass:
-        """The pass as it is for a part of the model that is compiled on its own."""
+        """The pass as a part of the model that is compiled on its own sees it."""
         self.compiled = True
         return Pass(self.streams, self.requests, in_graph=True, ids=self.ids, entry=self.entry)

@@ -25,7 +25,7 @@ from typing import Any
 
 _WORD = re.compile(r"(?P<whole>all|prompt|completion)|(?P<kind>[flc])(?P<count>[1-9][0-9]*)")
 _KINDS = {"f": "first", "l": "last", "c": "count", "all": "all", "prompt": "prompt", "completion": "completion"}
-# More than any sequence has, and sums of two fit into 32 bits.
+# Longer than any sequence, and the sum of two counts fits into 32 bits.
 _MOST = 10**9
 _ALLOWED = "f<n>, l<n>, c<n> (n >= 1), prompt, completion and all, combined with '+', for example 'f7+l7' or 'f3+c2'"
 # Two words of one group could select the same token.
@@ -52,15 +52,14 @@ class Positions:
 
     Attributes:
         words: the words.
-        key: what tells it from other specs, which graphs can look up.
+        key: identifies the spec; graphs can look it up.
         shared: whether one intervention serves all of them.
         units: number of interventions.
         kinds: kind of word -> (its count, the code of its unit); codes start at 1, 0 means no edit.
         needs_prompt: whether the tokens depend on where the prompt ends.
-        tail: code of the unit that edits every token far behind the prompt, 0 if none does.
+        tail: code of the unit that edits every token far after the prompt, 0 if none does.
         counted: how many tokens right after the prompt `c<n>` selects, 0 without such a word.
-        last_edited_offset: how many tokens after the prompt are edited at most; later decoding steps have nothing to
-            do.
+        last_edited_offset: how far after the prompt edits can reach, in tokens; later decoding steps edit nothing.
     """
 
     def __init__(self, words: tuple[Word, ...], shared: bool = True) -> None:
@@ -125,7 +124,7 @@ def parse(spec: str, shared: bool = True) -> Positions:
 
 
 def _count(digits: str, word: str) -> int:
-    # Python refuses to read thousands of digits, with an error of its own.
+    # `int` rejects thousands of digits with its own error.
     if len(digits) > len(str(_MOST)) or int(digits) > _MOST:
         shown = word if len(word) <= 40 else f"{word[:20]}... ({len(digits)} digits)"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Finds the prompt of a forward pass in what its caller passes."""
+"""Finds the prompt of a forward pass in its arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_reft.tokens.runs import IGNORE_INDEX, Marks, Segments
 from peft_reft.tokens.selections import rows_of_batch
 from peft_reft.trainers import refuse_cut_samples, refuse_unlabeled
 
-# The attribute of a cache that tells which of its tokens were prompt. So it is copied and dropped with the cache.
+# The attribute of a cache that says which of its tokens were prompt, copied and dropped with the cache.
 RECORD = "peft_reft_record"
 
 _PROMPT_UNKNOWN = (
@@ -29,14 +29,14 @@ _PROMPT_UNKNOWN = (
 )
 _SCORING = (
     "positions='{}' needs to know where the prompt ends, but this pass of a language model has neither labels nor "
-    "prompt_mask, so the whole sequence counts as prompt. That is right for a prompt whose next token is asked for; a "
-    "score of an answer needs labels (-100 on the prompt) or prompt_mask in forward, or, around code that cannot pass "
-    "them, `with peft_reft.prompt_mask_of(model, mask):`. This is said once."
+    "prompt_mask, so the whole sequence counts as prompt. That is right for predicting the next token of a prompt. To "
+    "score an answer, pass labels (-100 on the prompt) or prompt_mask to forward, or wrap code that cannot pass them "
+    "in `with peft_reft.prompt_mask_of(model, mask):`. This warning appears once."
 )
 _TURN_UNKNOWN = (
-    "positions='{}' needs to know whether the tokens that go on from this cache are prompt. Outside generate they "
-    "count as the prompt of a new turn. In a decoding loop of your own pass prompt_mask (zeros for generated tokens), "
-    "or hand the loop to generate as custom_generate."
+    "positions='{}' needs to know whether the tokens that continue this cache are prompt. Outside generate they count "
+    "as the prompt of a new turn. In a decoding loop of your own pass prompt_mask (zeros for generated tokens), or "
+    "pass the loop to generate as custom_generate."
 )
 
 _CONTINUOUS_BATCHING = (
@@ -54,7 +54,7 @@ class CallTokens:
         device: where the tokens are.
         ids: the token ids, None for embeddings, and where a token has several.
         cache: the cache that the pass continues.
-        past: number of tokens in the cache: a tensor for caches made to be compiled, None for one without a length.
+        past: number of tokens in the cache: a tensor for caches of compiled steps, None for one without a length.
         mask: the attention mask as passed, of any kind.
         labels, prompt_mask: as passed.
         starts: bool `[batch, tokens]`, first tokens of packed sequences, None where nothing is packed.
@@ -72,11 +72,14 @@ class CallTokens:
 
     @classmethod
     def of(cls, call: Mapping[str, Any], codebooks: int = 1) -> CallTokens | None:
-        """The tokens of a model with one stream, or of an encoder; None if the arguments do not tell them.
+        """The tokens of a model with one stream, or of an encoder; None if the arguments have no tokens.
 
         Args:
             call: the arguments.
             codebooks: number of rows of token ids that are one sequence.
+
+        Raises:
+            NotImplementedError: the cache belongs to continuous batching.
         """
         ids = call.get("input_ids")
         embeds = (value for name in ("inputs_embeds", "hidden_states") if _has_axes(value := call.get(name), 3))
@@ -104,7 +107,7 @@ class CallTokens:
 
     @classmethod
     def of_decoder(cls, call: Mapping[str, Any], codebooks: int = 1) -> CallTokens | None:
-        """The decoder's tokens of an encoder-decoder model; without any of their own they are made from the labels."""
+        """The decoder's tokens in an encoder-decoder model; if the call has none, they are made from the labels."""
         own = {name.removeprefix("decoder_"): value for name, value in call.items() if name.startswith("decoder_")}
         labels = call.get("labels")
         if own.get("input_ids") is None and own.get("inputs_embeds") is None:
@@ -112,7 +115,7 @@ class CallTokens:
         return cls.of(own | {"cache": find_cache(call)}, codebooks)
 
     def behind(self, own: int) -> CallTokens:
-        """The new ones of these tokens, where a model has `own` tokens of its own in the cache and is given all ids."""
+        """The new tokens of this pass, for a model that is passed all ids and caches `own` tokens of its own."""
         past = max(self.past_on_host - own, 0)
         ids = None if self.ids is None else self.ids[:, past:]
         return replace(self, shape=(self.shape[0], self.shape[1] - past), ids=ids, past=past)
@@ -132,10 +135,10 @@ class CallTokens:
 
 @dataclass
 class Record:
-    """What a cache remembers of the passes that filled it.
+    """What a cache records about the passes that filled it.
 
     Attributes:
-        prompt: bool `[batch, tokens]`, those of its tokens which were prompt.
+        prompt: bool `[batch, tokens]`, which of its tokens were prompt.
         last: `[batch]`, the last generated token, which is not in the cache yet; None outside `generate`.
     """
 
@@ -150,8 +153,8 @@ def _has_axes(value: Any, axes: int) -> bool:
 def find_cache(call: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call (or the values of an output), None if there is none.
 
-    It is known by what it is, since releases of Transformers rename the argument. Only recurrent states without a
-    method of their own are known by the names that Transformers has for them.
+    It is recognized by its methods, because releases of Transformers rename the argument. Only recurrent states, which
+    may lack them, are looked up by Transformers' argument names.
     """
     for value in call.values():
         if hasattr(value, "get_seq_length") or isinstance(value, PagedAttentionCache):
@@ -170,12 +173,12 @@ def cache_length(cache: Any) -> int | torch.Tensor | None:
         length = cache.get_seq_length()
     except (AttributeError, ValueError):  # recurrent states
         return None
-    # The cache counts on in place during the pass.
+    # The cache increments its length in place during the pass.
     return length.clone() if isinstance(length, torch.Tensor) else length
 
 
 def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
-    # By the rule of Transformers' own masks: without an attention mask and a cache, position ids that do not go on.
+    # As in Transformers' own masks: without an attention mask and a cache, sequences start where position ids restart.
     if call.get("attention_mask") is not None:
         return None
     position_ids = call.get("position_ids")
@@ -185,7 +188,7 @@ def _packed_starts(call: Mapping[str, Any], shape: tuple[int, int]) -> torch.Ten
         return sequence_starts(position_ids.expand(shape))
     ends = call.get("cu_seq_lens_q")
     if isinstance(ends, torch.Tensor):
-        # The end of the last sequence, which some collators repeat, falls behind the row.
+        # The end of the last sequence, which some collators repeat, lies past the end of the row.
         starts = torch.zeros((shape[0], shape[1] + 1), dtype=torch.bool, device=ends.device)
         starts[:, ends.long()] = True
         return starts[:, :-1]
@@ -221,8 +224,8 @@ def _real_from_attention(mask: torch.Tensor, tokens: int, past: int) -> torch.Te
     """Real tokens according to a prepared mask `[batch, tokens or 1, keys]`, boolean or additive.
 
     A padding token is one that may not attend to itself, or whose row allows everything: Transformers opens rows that
-    would be masked completely. The last row of a causal mask allows everything by right, and so do all rows of an
-    unpadded bidirectional one. Encoders of old pass one row for all queries.
+    would be masked completely. The last row of a causal mask legitimately allows everything, and so do all rows of an
+    unpadded bidirectional one. Older encoders pass one row for all queries.
     """
     # Callers fill with the lowest number of some dtype, minus infinity, or a round number such as -1e4.
     allowed = mask if mask.dtype == torch.bool else mask > -1e3
@@ -241,12 +244,12 @@ def checked_prompt_mask(mask: Any, real: torch.Tensor, past: int, cache: Any = N
     Args:
         mask: bool or 0/1 integers, `[batch, tokens]` or `[batch, past + tokens]`.
         real: bool `[batch, past + tokens]`.
-        past: number of tokens in the cache. Unless the mask covers them they are prompt, all but those of which the
-            cache remembers that they were not.
+        past: number of tokens in the cache. If the mask does not cover them they are prompt, except those that the
+            cache recorded as not prompt.
         cache: the cache.
 
     Raises:
-        ValueError: anything else.
+        ValueError: `mask` is no tensor, or has another dtype or shape.
     """
     if not isinstance(mask, torch.Tensor):
         raise ValueError(f"prompt_mask must be a tensor, got {type(mask).__name__}.")
@@ -261,7 +264,7 @@ def checked_prompt_mask(mask: Any, real: torch.Tensor, past: int, cache: Any = N
 
 
 def recalled(cache: Any, prompt: torch.Tensor, past: int) -> torch.Tensor:
-    """`prompt` `[batch, past + ...]` without the tokens of which the cache remembers that they were none."""
+    """`prompt` `[batch, past + ...]` without the tokens that the cache recorded as not prompt."""
     record: Record | None = getattr(cache, RECORD, None)
     if record is None or prompt.shape[0] % record.prompt.shape[0]:
         return prompt
@@ -274,15 +277,15 @@ def recalled(cache: Any, prompt: torch.Tensor, past: int) -> torch.Tensor:
 
 @dataclass(eq=False)
 class Told(Stream):
-    """The tokens of a pass outside `generate`, whose prompt is what its caller says.
+    """The tokens of a pass outside `generate`, whose arguments determine the prompt.
 
-    It is `prompt_mask`, or else what next-token `labels` leave out, or else the whole real sequence. The latter is
-    seldom meant where a language model is trained or scores, and gives a warning.
+    It is `prompt_mask`, else the tokens that next-token `labels` leave out, else all tokens except padding. The last is
+    seldom intended when a language model is trained or scores, and gives a warning.
 
     Attributes:
-        tokens: what the call says.
+        tokens: the tokens according to the arguments.
         language_model: whether labels are next-token labels.
-        said: what was said once already, shared by all passes of a model.
+        said: the warnings given already, shared by all passes of a model.
     """
 
     tokens: CallTokens | None = None
@@ -347,7 +350,7 @@ class Told(Stream):
 
 
 def stream_of_module(args: tuple, kwargs: Mapping[str, Any]) -> Stream:
-    """The tokens of a module that is called alone, such as a block: all of them are prompt, less padding."""
+    """The tokens of a module that is called alone, such as a block: all of them except padding are prompt."""
     tokens = None
     if isinstance(kwargs.get("attention_mask"), torch.Tensor):
         tokens = CallTokens.of({"hidden_states": args[0] if args else None} | dict(kwargs))
@@ -369,7 +372,7 @@ class Decoded(Stream):
     """The decoder's tokens in an encoder-decoder model: none of them is prompt.
 
     Attributes:
-        tokens: what the call says, None if nothing.
+        tokens: the tokens according to the arguments, None if they have none.
     """
 
     shape: tuple[int, int] = (0, 0)
@@ -401,7 +404,7 @@ class Decoded(Stream):
 
 
 def _running_trainer() -> Any | None:
-    """The Transformers `Trainer` whose training step is going on in this thread, None if none is."""
+    """The Transformers `Trainer` whose `training_step` is running in this thread, None if there is none."""
     trainers = sys.modules.get("transformers.trainer")
     frame = None if trainers is None else sys._getframe(1)
     while frame is not None:

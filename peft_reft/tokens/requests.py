@@ -1,4 +1,4 @@
-"""A batch whose rows ask for different things: one adapter a row, or the subspaces that are edited in each."""
+"""Per-row requests of a batch: the adapter of each row, or the subspaces that are edited in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class AdapterNames:
-    """What a call may ask of an adapter.
+    """What a call needs to know about an adapter that its rows request.
 
     Attributes:
         positions: its position spec.
         subspaces: names of its subspaces.
-        modules: whether it has modules of the model to itself (`modules_to_save`).
+        modules: whether it has its own copies of modules (`modules_to_save`).
     """
 
     positions: Positions
@@ -38,10 +38,10 @@ class RowPositions:
 
 
 class RowRequests:
-    """What a caller asks of each row, for the length of one call.
+    """The per-row requests of one call.
 
     Args:
-        adapters: one adapter name a row, `"__base__"` for none; None when the active adapters edit all rows.
+        adapters: one adapter name per row, `"__base__"` for none; None when the active adapters edit all rows.
         subspaces: names of the edited subspaces of each row; None when all rows edit the active ones.
 
     Raises:
@@ -58,13 +58,15 @@ class RowRequests:
             )
         # Inside `generate` rows may be repeated after the check.
         self.checked = False
-        # What layers keep for the length of the call.
+        # Whether one of the adapters has its own copies of modules.
+        self.choose_modules = False
+        # Cache of the layers, dropped with the call.
         self.kept: dict[tuple, Any] = {}
         self._positions: dict[tuple[Positions | None, ...], RowPositions] = {}
 
     @classmethod
     def of(cls, call: Mapping[str, Any], outer: RowRequests | None) -> RowRequests | None:
-        """From the arguments of a call, or of the call around it."""
+        """From the arguments of a call, or of the call around it; None if neither has requests."""
         adapters, subspaces = call.get("adapter_names"), call.get("subspaces")
         if adapters is None and subspaces is None:
             return outer
@@ -75,16 +77,16 @@ class RowRequests:
 
     @property
     def argument(self) -> str:
-        """Name of the argument that asks."""
+        """Name of the argument that made the requests."""
         return "subspaces" if self.adapters is None else "adapter_names"
 
     def check(self, adapters: Mapping[str, AdapterNames], training: bool, batch: int | None) -> None:
-        """Refuse what cannot be meant, in the words of PEFT where it has some.
+        """Refuse invalid requests, with PEFT's own messages where it has them.
 
         Args:
             adapters: the adapters of the model, by name.
             training: whether the model is in training mode.
-            batch: number of rows, None as long as it is not known.
+            batch: number of rows, None if unknown.
 
         Raises:
             ValueError: an unknown name, a number of rows other than `batch`, or adapters in training mode.
@@ -107,12 +109,13 @@ class RowRequests:
                     f"{batch} respectively."
                 )
         self.checked = batch is not None
+        self.choose_modules = any(adapters[name].modules for name in {*(self.adapters or ())} - {BASE})
 
     def of_rows(self, batch: int) -> list[tuple[str | None, tuple[str, ...] | None]]:
-        """The adapter and the subspaces that each of the `batch` rows of a pass asks for.
+        """The adapter and the subspaces of each of the `batch` rows of a pass.
 
         Raises:
-            ValueError: the rows cannot be told apart.
+            ValueError: `batch` is not a multiple of the number of rows of the call.
         """
         rows = self._repeated(batch)
         adapters = [None if self.adapters is None else self.adapters[i] for i in rows]
@@ -139,7 +142,7 @@ class RowRequests:
 
 
 def batch_size(told: Iterable[int], call: Mapping[str, Any]) -> int | None:
-    """Number of rows of a call: what its streams are told, unless it is 0, else the length of its first tensor."""
+    """Number of rows of a call: the first nonzero number in `told`, else the length of its first tensor."""
     tensors = (len(value) for value in call.values() if isinstance(value, torch.Tensor) and value.dim())
     return next(filter(None, told), None) or next(tensors, None)
 

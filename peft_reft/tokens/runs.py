@@ -20,7 +20,7 @@ from peft_reft.tokens.selections import EVERY_TOKEN, Selection, repeat_rows, row
 IGNORE_INDEX = -100
 
 PADDING, PROMPT, COMPLETION, BEFORE = range(4)
-# Added to the role of a token that opens a packed sequence.
+# A bit that is added to the role of a token which opens a packed sequence.
 _OPENS = 4
 
 _REMEDIES = (
@@ -29,16 +29,16 @@ _REMEDIES = (
 )
 _NOTHING_EDITED = (
     "positions='{}' edits no token of this training batch: its prompts (or answers) are too short, prompt_mask marks "
-    "nothing, or the model has no answers, as encoders and classifiers. Use longer ones, or positions='all'."
+    "nothing, or the model has no answers, like encoders and classifiers. Use longer ones, or positions='all'."
 )
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Stretches of tokens with one code each, one after the other through all rows of a batch.
+    """Stretches of tokens with one code each, in order through all rows of a batch.
 
     Attributes:
-        shape: `(batch, tokens)`; no stretch goes on from one row to the next.
+        shape: `(batch, tokens)`; no stretch extends into the next row.
         lengths: int64 `[segments]`, some may be 0.
         codes: int8 `[segments]`: 0 for no edit, else 1 + the index of the unit.
         promptless: rows with a sequence that has no prompt, so that words of the prompt have no meaning there.
@@ -67,13 +67,13 @@ class Segments:
         """The tokens to edit, None for none.
 
         Args:
-            positions: the spec that the codes are of.
-            batch: number of rows of the pass, each row here as often as the next.
+            positions: the spec that the codes encode.
+            batch: number of rows of the pass, a multiple of those here: each is repeated equally often.
             device: where the selection is needed.
             training: whether to warn when nothing is edited, and to select no tokens rather than None.
 
         Raises:
-            ValueError: a row has no prompt, which `positions` needs; or rows cannot be told apart.
+            ValueError: a row has no prompt, which `positions` needs; or `batch` is no multiple of the rows here.
         """
         self.refuse_promptless(positions)
         if batch != self.shape[0]:
@@ -83,7 +83,7 @@ class Segments:
         if edited == 0:
             if not training:
                 return None
-            # The parameters get gradients, which are zero, and DDP does not wait for them.
+            # An empty selection gives the parameters zero gradients, so that DDP does not wait for them.
             warnings.warn(_NOTHING_EDITED.format(positions), stacklevel=2)
         if positions.units == 1 and edited == total:
             return EVERY_TOKEN
@@ -108,8 +108,8 @@ class Segments:
         if promptless and positions.needs_prompt:
             raise ValueError(
                 f"positions={str(positions)!r} needs to know where the prompt ends, but the labels of "
-                f"{rows_of_batch(promptless, self.shape[0])} supervise the very first token, or, in packed sequences, "
-                "all but the first one, which is how padding-free collators leave plain text: there is no prompt. "
+                f"{rows_of_batch(promptless, self.shape[0])} supervise the very first token or, in packed sequences, "
+                "every token except the first, as padding-free collators do with plain text: there is no prompt. "
                 f"{_REMEDIES}"
             )
 
@@ -132,11 +132,11 @@ class Segments:
         return torch.from_numpy(index), torch.from_numpy(np.repeat(codes, lengths))
 
     def without_past(self, past: int) -> Segments:
-        """Less the first `past` tokens of each row."""
+        """Without the first `past` tokens of each row."""
         batch, tokens = self.shape
         end = np.cumsum(self.lengths)
         begin = end - self.lengths
-        # An empty segment at the end of a row may count to the next one, where it is as empty.
+        # An empty segment at the end of a row may count as part of the next one, where it stays empty.
         first = begin // tokens * tokens + past
         lengths = np.maximum(end, first) - np.maximum(begin, first)
         return Segments((batch, tokens - past), lengths, self.codes, self.promptless)
@@ -144,16 +144,16 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """What tells the prompt of each sequence of a batch.
+    """The marks that determine the prompt of each sequence of a batch.
 
     Attributes:
         real: bool `[batch, tokens]`, False on padding.
-        prompt: bool `[batch, tokens]`, where it is known; then tokens ahead of any prompt are no completion.
+        prompt: bool `[batch, tokens]`, None if unknown. Tokens before the first prompt are then not completion.
         labels: `[batch, tokens]`, -100 where nothing is supervised: unlabeled tokens that a labeled one of their
             sequence follows are prompt. A sequence without any label is all prompt: it has no completion. Without
-            `prompt` and `labels` all tokens are completion, as the decoder's in an encoder-decoder model.
-        starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence a row.
-        turn: index of a token that opens a new span even right behind a prompt token; 0 for none.
+            `prompt` and `labels` all tokens are completion, like the decoder's in an encoder-decoder model.
+        starts: bool `[batch, tokens]`, first tokens of packed sequences, or None for one sequence per row.
+        turn: index of a token that opens a new span even right after a prompt token; 0 for none.
     """
 
     real: torch.Tensor
@@ -204,13 +204,13 @@ class Marks:
         return self.starts is not None, self.labels is not None, self.prompt is not None
 
     def _grid(self, labeled: torch.Tensor | None) -> torch.Tensor:
-        """One number a token, so that one transfer to the host will do: its role, more where a sequence begins."""
+        """One number per token: its role, plus `_OPENS` where a sequence begins. One transfer to the host suffices."""
         roles = self.real.to(torch.uint8)
         if labeled is not None:
             roles = roles + (self.real & labeled)
         else:
             roles = roles * COMPLETION if self.prompt is None else roles + (self.real & ~self.prompt)
-        return roles if self.starts is None else roles + self.starts * _OPENS
+        return roles if self.starts is None else roles + self.starts.to(torch.uint8) * _OPENS
 
 
 @torch.library.custom_op("peft_reft::find_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -245,7 +245,7 @@ class Runs:
     Attributes:
         shape: `(batch, tokens)`.
         begin: int64 `[runs]`, flat index of each run's first token.
-        roles: `[runs]`, PADDING, PROMPT, COMPLETION, or BEFORE for real tokens ahead of any prompt of their sequence.
+        roles: `[runs]`, PADDING, PROMPT, COMPLETION, or BEFORE for real tokens before any prompt of their sequence.
         sequence: int64 `[runs]`, numbers of the sequences; several in a row when they are packed.
         turn: see `Marks`.
         promptless: rows with a sequence that has no prompt, or that looks as if plain text were packed into it.
@@ -263,16 +263,16 @@ class Runs:
         """The runs of a batch. For tokens on a GPU this is the one host synchronization of a pass.
 
         Args:
-            grid: uint8 `[batch, tokens]`, the role of each token, more where a packed sequence begins.
+            grid: uint8 `[batch, tokens]`, the role of each token, plus `_OPENS` where a packed sequence begins.
             packed: whether rows hold several sequences.
             told_by_labels: whether COMPLETION means that a token has a label, and PROMPT that it has none.
-            prompt_known: whether tokens ahead of any prompt of their sequence are no completion.
+            prompt_known: whether tokens before any prompt of their sequence are not completion.
             turn: see `Marks`.
         """
         batch, tokens = map(int, grid.shape)
         flat = grid.cpu().numpy().reshape(-1)
         starts = flat >= _OPENS if packed else None
-        flat = flat % _OPENS if packed else flat
+        flat = flat & (_OPENS - 1) if packed else flat
         opening = _opens(flat, tokens)
         if turn:
             opening[turn::tokens] = True
@@ -296,7 +296,7 @@ class Runs:
         kinds = positions.kinds
         lengths = _lengths(self.begin, self.shape[0] * self.shape[1])
         prompt = self.roles == PROMPT
-        # A prompt is its first words, what is between, and its last words; a completion its counted words and the rest.
+        # A prompt splits into its first tokens, the middle and its last ones; a completion into counted ones and rest.
         codes = np.zeros((4, 3), dtype=np.int8)
         codes[PROMPT] = _codes(kinds, "first", "prompt", "last")
         codes[COMPLETION] = _codes(kinds, "count", "completion", "completion")
@@ -320,7 +320,7 @@ class Runs:
         return Segments(self.shape, parts.reshape(-1), codes[self.roles].reshape(-1), self.promptless)
 
     def _in_spans(self, lengths: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each prompt run: the tokens of its span before and after it, and whether the span is its sequence's first.
+        """For each prompt run: tokens of its span before and after it, and whether the span is its sequence's first.
 
         A span is one run, unless there is padding in the middle of a prompt.
         """
@@ -330,7 +330,7 @@ class Runs:
         where = np.flatnonzero(prompt)
         left, right = where[:-1], where[1:]
         column = self.begin % max(self.shape[1], 1)
-        # Runs right behind each other are told apart by a turn or by a packed sequence.
+        # A turn or the start of a packed sequence separates adjacent runs.
         apart = (right == left + 1) | (self.sequence[left] != self.sequence[right])
         if self.turn:
             apart |= (column[left] < self.turn) & (column[right] >= self.turn)
@@ -350,15 +350,15 @@ class Runs:
         return before, after, opening
 
     def _told_by_labels(self) -> Runs:
-        """With roles in place of real tokens (PROMPT) and labeled ones (COMPLETION)."""
+        """With real (PROMPT) and labeled (COMPLETION) tokens turned into the roles that they imply."""
         labeled, real = self.roles == COMPLETION, self.roles != PADDING
         opening = self._openings(real)
         if not labeled[opening].any() and np.count_nonzero(self.roles == PROMPT) == len(opening):
-            # One turn in each sequence, and nothing without a label behind it.
+            # One turn in each sequence, and no unlabeled tokens after it.
             return self
         last = np.full(self._sequences, -1)
         where = np.flatnonzero(labeled)
-        # Of the values that go to one place the last one stays.
+        # Where an index repeats, NumPy keeps the last value.
         last[self.sequence[where]] = where
         last = last[self.sequence]
         trailing = real & ~labeled & (last >= 0) & (np.arange(len(last)) > last)
@@ -368,9 +368,9 @@ class Runs:
         return replace(self, roles=roles, promptless=rows)._after_prompts()
 
     def _without_plain_text(self, packed: bool) -> Runs:
-        """With all rows as promptless in which each packed sequence has labels but on its first token.
+        """With all rows promptless if each packed sequence with labels has them on all tokens except its first.
 
-        Padding-free collators leave plain text so: a label there would be predicted from the sequence before.
+        Padding-free collators label plain text this way: the previous sequence would predict a label there.
         """
         if not packed:
             return self
@@ -384,7 +384,7 @@ class Runs:
         return replace(self, promptless=tuple(range(self.shape[0])))
 
     def _after_prompts(self) -> Runs:
-        """With only that as completion which comes behind a prompt of its sequence."""
+        """With completion tokens that no prompt of their sequence precedes turned into BEFORE."""
         early = self.roles[self._openings(self.roles != PADDING)] == COMPLETION
         if not early.any():
             return self
@@ -419,7 +419,7 @@ def _codes(kinds: dict[str, tuple[int, int]], *parts: str) -> tuple[int, ...]:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # CUDA copies from ordinary memory without a wait for the device when told so.
+    # With `non_blocking`, CUDA copies from pageable memory without waiting for the device.
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

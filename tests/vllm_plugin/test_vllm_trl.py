@@ -204,5 +204,5 @@ class TestRefusals:
 
     def test_a_trl_that_is_built_differently(self, monkeypatch):
         monkeypatch.delattr(VLLMGeneration, "_init_vllm")
-        with pytest.raises(RuntimeError, match=r"another way than TRL 1\.16"), vllm_rollouts():
+        with pytest.raises(RuntimeError, match=r"differently from TRL 1\.16"), vllm_rollouts():
             pass

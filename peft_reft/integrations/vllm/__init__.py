@@ -1,6 +1,6 @@
 """Serve ReFT adapters from vLLM: a plug-in of the unmodified engine.
 
-vLLM finds it by its entry point, so that nothing need be imported:
+vLLM finds it by its entry point, so nothing needs to be imported:
 
     from vllm import LLM, SamplingParams
 

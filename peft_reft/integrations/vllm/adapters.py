@@ -1,4 +1,4 @@
-"""An adapter as an engine needs it: read from a folder or the hub, checked against the model, known by its contents."""
+"""Adapters for an engine: read from a folder or the hub, checked against the model, identified by their contents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIDES = {"reft": OUTPUT, "input_reft": INPUT}
 
 
 class Place(NamedTuple):
-    """What is edited: a layer's number, the dotted name of a module in it (empty for the layer itself), its side."""
+    """An edited place: a layer's number, the dotted name of a module in it (empty for the layer itself), its side."""
 
     layer: int
     module: str
@@ -45,12 +45,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does, without a model.
+    """An adapter without a model.
 
     Attributes:
         intervention, act_fn, positions, share_weights: as in `ReftConfig`.
         tensors: its parameters under the names that PEFT saves them with.
-        base_model: the model that it was trained on, if it tells.
+        base_model: the model that it was trained on, if its configuration names one.
     """
 
     intervention: str
@@ -73,7 +73,7 @@ class Adapter:
             config = PeftConfig.from_pretrained(source)
             tensors = load_peft_weights(source, device="cpu")
         except Exception as error:
-            # PEFT, the hub and safetensors raise many kinds for a folder that is missing or broken.
+            # PEFT, the hub and safetensors raise many kinds of errors for a folder that is missing or broken.
             raise ValueError(f"The adapter {source!r} cannot be read: {type(error).__name__}: {error}") from error
         if not isinstance(config, ReftConfig):
             raise ValueError(f"{source!r} holds a {config.peft_type} adapter, not a ReFT adapter.")
@@ -81,7 +81,7 @@ class Adapter:
 
     @staticmethod
     def is_url(source: str) -> bool:
-        """Whether a source is an adapter itself, see `to_url`."""
+        """Whether a source contains the adapter itself, see `to_url`."""
         return source.startswith(_URL)
 
     @classmethod
@@ -95,10 +95,15 @@ class Adapter:
 
     @classmethod
     def of(cls, config: ReftConfig, tensors: Mapping[str, torch.Tensor], source: str = "the adapter") -> Adapter:
-        """The adapter with this config and these parameters, named as PEFT saves them.
+        """The adapter with this config and these parameters.
+
+        Args:
+            config: the configuration.
+            tensors: the parameters, under the names that PEFT saves them with.
+            source: its name in messages.
 
         Raises:
-            ValueError: it trains more than interventions.
+            ValueError: it trains more than interventions in the layers.
         """
         for option in ("modules_to_save", "trainable_token_indices"):
             if getattr(config, option):
@@ -125,12 +130,12 @@ class Adapter:
 
     @classmethod
     def of_model(cls, model: PeftModel, adapter_name: str = "default") -> Adapter:
-        """An adapter of a model in memory, as it is now: training may go on while it is served.
+        """A copy of an adapter of a model in memory: training may continue while the copy is served.
 
-        Its strength there is not part of it: a request has a strength of its own.
+        It does not include the adapter's strength in the model: each request has its own.
 
         Raises:
-            ValueError: as `of`; or some of its subspaces are switched off.
+            ValueError: as for `of`; or it is not a ReFT adapter, or some of its subspaces are switched off.
         """
         config = model.peft_config[adapter_name]
         if not isinstance(config, ReftConfig):
@@ -154,7 +159,7 @@ class Adapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for adapters that edit alike: a digest of the weights and of what they are used for."""
+        """A digest of the weights and of the options that give them their meaning: equal for equal edits."""
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
@@ -168,7 +173,7 @@ class Adapter:
         return {name: getattr(self, name) for name in names}
 
     def pack(self) -> tuple[str, bytes]:
-        """What another process makes the same adapter of, with `unpack`."""
+        """Serialize the adapter for another process; `unpack` reads it."""
         return json.dumps(self._settings), safetensors.torch.save(dict(self.tensors))
 
     @classmethod
@@ -176,7 +181,7 @@ class Adapter:
         return cls(**json.loads(settings), tensors=safetensors.torch.load(tensors))
 
     def to_url(self) -> str:
-        """The adapter itself, where a server takes the path of one: `load` reads it."""
+        """The adapter as a data URL, to pass to a server in place of a path; `load` reads it."""
         settings, tensors = self.pack()
         return f"{_URL}{quote(settings)};base64,{base64.b64encode(tensors).decode()}"
 
@@ -217,9 +222,9 @@ def check(name: str, adapter: Adapter, hidden_size: int, layers: int) -> None:
     """Refuse an adapter of another model, or with parameters that do not fit together.
 
     Args:
-        name: what the adapter is called.
+        name: the adapter's name in messages.
         adapter: the adapter.
-        hidden_size, layers: those of the model.
+        hidden_size, layers: hidden size and number of layers of the model.
 
     Raises:
         ValueError: it cannot be served with this model.

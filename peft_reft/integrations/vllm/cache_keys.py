@@ -1,4 +1,4 @@
-"""Which requests may share a block of vLLM's prefix cache: those whose tokens in it are edited alike."""
+"""Keys for blocks of vLLM's prefix cache: requests may share a block if its tokens get the same edits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from peft_reft.integrations.vllm.requests import Resolved
 
 
 def block_key(request: Any, begin: int, end: int) -> tuple[str, str] | None:
-    """What sets a block apart, besides its tokens and the blocks before it; None if none of its tokens is edited.
+    """The key of a block, besides its tokens and the blocks before it; None if none of its tokens is edited.
 
-    A block's hash covers those before it, so that what comes behind the first edit is never shared with another edit.
+    A block's hash covers the blocks before it, so blocks after an edited one are never shared across different edits.
 
     Args:
         request: vLLM's `Request`.

@@ -1,7 +1,7 @@
 """Which tokens of a chunk are edited: arithmetic on absolute positions, no tensors.
 
-An engine hands a sequence to the model in chunks: a part of its prompt, one generated token, a part of both after a
-preemption. A request's prompt is one span, so that every word of the position language selects one range of it.
+An engine passes a sequence to the model in chunks: a part of its prompt, one generated token, a part of both after a
+preemption. A request's prompt is one span, so every word of the position language selects one range of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def edited_runs(positions: Positions, prompt: int, begin: int, end: int) -> list
 
 
 def _selected(kind: str, count: int, positions: Positions, prompt: int) -> tuple[int, int | None]:
-    """The range that a word selects; None: without an end."""
+    """The range that a word selects, as begin and end; the end is None if it is unbounded."""
     if kind == "all":
         return 0, None
     if kind == "prompt":

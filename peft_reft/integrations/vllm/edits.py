@@ -1,4 +1,4 @@
-"""Edits of many tokens by many adapters: factors of alike interventions in one table, tokens in batches of groups.
+"""Edits of many tokens by many adapters: one table for the factors of alike interventions, tokens grouped in batches.
 
 Shapes: `d` hidden size, `r` rank, `u` units of an intervention, `g` groups of a batch, `k` tokens of a group.
 Factors and edits are float32, as everywhere in the package.
@@ -28,11 +28,11 @@ class Batch(NamedTuple):
 
     Attributes:
         members: the member of the table that edits each group, int64 `[g]`; or a slice.
-        rows: where the tokens stand in the pass, int64 `[g * k]`, small groups repeat their first token; or a slice.
+        rows: index of each token in the pass, int64 `[g * k]`, small groups repeat their first token; or a slice.
         size: `k`.
-        gain: float32 `[g, 1, 1]`, the strength of each group; None where all are 1.
+        gain: float32 `[g, 1, 1]`, the strength of each group; None if all are 1.
         kept: int64, which of the `g * k` tokens count; None for all.
-        order: int64, where each token of the pass is among `rows`, if these are all tokens; else None.
+        order: int64, index of each token of the pass in `rows`, if `rows` are all tokens; else None.
     """
 
     members: torch.Tensor | slice
@@ -47,7 +47,7 @@ def factors_of(intervention: Intervention) -> dict[str, torch.Tensor]:
     """The tensors that an intervention edits with, float32, `[u, ...]` each.
 
     Raises:
-        NotImplementedError: a method that has no stacked form.
+        NotImplementedError: the method has no stacked form.
     """
     if isinstance(intervention, LowRankIntervention):
         factors = intervention.factors(torch.float32)._asdict()
@@ -67,7 +67,7 @@ def kind_of(intervention: Intervention) -> Kind:
 
 
 class Table:
-    """The factors of all members of one kind at one site. Members are appended, and taken out again."""
+    """The factors of all members of one kind at one site."""
 
     def __init__(self, kind: Kind) -> None:
         self.act_fn = None if kind.act_fn is None else ACT2FN[kind.act_fn]
@@ -85,7 +85,7 @@ class Table:
         self.factors = {name: torch.cat([old[:begin], old[end:]]) for name, old in self.factors.items()}
 
     def apply_(self, before: torch.Tensor, batch: Batch) -> None:
-        """Add their edits to `before` `[g * k, d]`, in place; in its dtype, the edits in float32."""
+        """Add the edits to `before` `[g * k, d]` in place, computed in float32 and added in the dtype of `before`."""
         own = {name: factor[batch.members] for name, factor in self.factors.items()}
         groups = before.view(-1, batch.size, before.shape[-1])
         hidden = groups.float()
@@ -118,13 +118,13 @@ class Table:
 def edit_rows(
     hidden: torch.Tensor, residual: torch.Tensor | None, batches: Iterable[tuple[Table, Batch]], whole: bool
 ) -> None:
-    """Edit some rows of `hidden + residual`, in place: they are in `hidden` then, and `residual` is zero there.
+    """Edit some rows of `hidden + residual` in place: `hidden` then holds the edited sum, and `residual` zeros.
 
     Args:
         hidden: `[tokens, d]`.
-        residual: as `hidden`, or None for zero.
-        batches: the tokens that each table edits; no token is in two of them.
-        whole: whether all tokens are.
+        residual: like `hidden`, or None for zero.
+        batches: the tokens that each table edits; no token is in two batches.
+        whole: whether all tokens are edited.
     """
     if whole and residual is not None:
         hidden.add_(residual)

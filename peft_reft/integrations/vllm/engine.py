@@ -15,7 +15,7 @@ from peft_reft.integrations.vllm.settings import ADAPTERS, NO_BEAMS, NOT_SERVED,
 
 
 def prepare(config: VllmConfig, settings: Settings) -> None:
-    """Check the adapters of an engine's configuration, and note in it what they edit; mutates its `additional_config`.
+    """Check the adapters of an engine's configuration, and add the modules that they edit to its `additional_config`.
 
     Raises:
         ValueError: an adapter cannot be served, or not with this configuration.
@@ -26,7 +26,7 @@ def prepare(config: VllmConfig, settings: Settings) -> None:
     for name, source in settings.adapters.items():
         adapter = registry.load(name, source)
         targets |= {f"{place.module} {place.side}" for place in adapter.places}
-    # Compiled models contain the edits, so what is edited has to be part of what they are cached by.
+    # Compiled models contain the edits, so the edited modules must be part of their cache key.
     config.additional_config = {**config.additional_config, TARGETS: sorted(targets)}
 
 
@@ -57,7 +57,7 @@ def registry_of(config: VllmConfig) -> Registry:
     return Registry(model.model, model.get_hidden_size(), model.get_total_num_hidden_layers())
 
 
-# In the process that takes requests.
+# In the process that receives requests.
 
 
 def _init_input_processor(original: Any, self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ def _process_inputs(
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=REQUEST) from error
     request = original(self, request_id, prompt, params, *args, **kwargs)
-    # The engine's own copy of the parameters; the caller's dictionary stays.
+    # The engine's copy of the parameters; the caller's dictionary does not change.
     own = request.sampling_params
     own.extra_args = {**own.extra_args, REQUEST: vars(resolved)}
     return request
@@ -102,7 +102,7 @@ def _beam_search(original: Any, self: Any, prompts: Any, params: Any, *args: Any
 
 
 def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
-    # The step of the scheduler's start that has workers already. Plug-ins are loaded in the middle of its `__init__`.
+    # The first step of the scheduler's start with workers. Plug-ins are loaded in the middle of its `__init__`.
     initialized = original(self, vllm_config)
     if Settings.of(vllm_config.additional_config) is not None:
         self.reft, *others = (set(known) for known in self.collective_rpc("reft_try_out"))
@@ -114,7 +114,7 @@ def _initialize_kv_caches(original: Any, self: Any, vllm_config: VllmConfig) -> 
 def _preprocess_add_request(original: Any, self: Any, request: Any) -> Any:
     asked = Resolved.of(request.sampling_params)
     if asked is not None and asked.fingerprint not in (self.reft or ()):
-        # Raised to the caller, or answered to its request.
+        # The caller gets it as an exception, or as the response to its request.
         raise ValueError(f"The ReFT adapter {asked.name!r} was removed, or its folder changed, since the request came.")
     return original(self, request)
 
@@ -126,7 +126,7 @@ def _reft_add(self: Any, name: str, settings: str, tensors: bytes) -> None:
     try:
         self.collective_rpc("reft_add", args=(name, settings, tensors))
     except Exception:
-        # Some workers may have taken it.
+        # Some workers may have added it.
         self.collective_rpc("reft_retire", args=(fingerprint, []))
         raise
     self.reft.add(fingerprint)
@@ -149,11 +149,11 @@ def _extra_keys(original: Any, request: Any, start_token_idx: int, end_token_idx
 
 
 def add_methods() -> None:
-    """Give the scheduler's process the methods that `runtime` calls; mutates vLLM's classes."""
+    """Add the methods that `runtime` calls to the scheduler's process. Mutates vLLM's classes."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
-    # What engines keep that were started before this.
+    # The value for engines that were started before.
     InputProcessor.reft = EngineCore.reft = None
     EngineCore.reft_add, EngineCore.reft_retire = _reft_add, _reft_retire
 

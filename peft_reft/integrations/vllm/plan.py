@@ -1,4 +1,4 @@
-"""What one pass edits: the tokens of each adapter's units, grouped so that few products serve many adapters."""
+"""The edits of one pass: the tokens of each adapter's units, grouped so that few products serve many adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_reft.tokens.positions import Positions
 
 @dataclass(frozen=True)
 class Editing:
-    """How one request is edited: by which adapter, how strongly, and on which tokens."""
+    """How one request is edited: the adapter, its strength, and the tokens."""
 
     fingerprint: str
     strength: float
@@ -27,7 +27,7 @@ class Editing:
 
     @cached_property
     def end(self) -> float:
-        """The position from which on nothing is edited."""
+        """The first position after which nothing is edited."""
         return inf if self.positions.tail else self.prompt + self.positions.counted
 
 
@@ -40,20 +40,20 @@ class Chunk(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a site keeps an adapter: a kind of table, and its first member there."""
+    """Where a site stores an adapter: a kind of table, and its first member there."""
 
     kind: Kind
     first: int
 
 
-# What a site keeps: its entries by fingerprint. Sites that keep the same share the work of planning.
+# The entries of a site by fingerprint. Sites with equal layouts share one plan.
 Layout = frozenset[tuple[str, Entry]]
 # fingerprint, unit, strength
 Group = tuple[str, int, float]
 
 
 class SitePlan(NamedTuple):
-    """What is edited at a site: batches for its tables, and whether they are all tokens of the pass."""
+    """The edits at a site: batches for its tables, and whether they include all tokens of the pass."""
 
     batches: list[tuple[Kind, Batch]]
     whole: bool
@@ -63,7 +63,7 @@ class Plan:
     """The edited tokens of one pass.
 
     Args:
-        requests: how each request is edited, those without an adapter left out.
+        requests: how each request with an adapter is edited.
         chunks: the requests of the pass, in the order of their tokens.
         device: where the hidden representations are.
     """
@@ -74,7 +74,7 @@ class Plan:
         self._sites: dict[Layout, SitePlan] = {}
 
     def at(self, layout: Layout) -> SitePlan:
-        """What is edited at a site that keeps so many adapters."""
+        """The edits at a site with this layout."""
         if layout not in self._sites:
             self._sites[layout] = self._planned(dict(layout))
         return self._sites[layout]
@@ -85,7 +85,7 @@ class Plan:
         for (fingerprint, unit, strength), rows in self.rows.items():
             if fingerprint in entries:
                 kind, first = entries[fingerprint]
-                # Groups of up to twice the size of each other share a product, filled up to the largest.
+                # Groups whose sizes differ by less than a factor of two share a product, padded to the largest.
                 alike.setdefault((kind, len(rows).bit_length()), []).append((first + unit, strength, rows))
                 edited += len(rows)
         batches = [(kind, self._batch(groups)) for (kind, _), groups in alike.items()]
@@ -110,7 +110,7 @@ class Plan:
         return Batch(self._index(np.array(members)), places, size, gain, kept, order)
 
     def _index(self, numbers: np.ndarray) -> slice | torch.Tensor:
-        """A slice where the numbers follow each other: what they select need not be copied then."""
+        """A slice if the numbers are consecutive, which selects without a copy."""
         first, last = int(numbers[0]), int(numbers[-1])
         if last - first + 1 == len(numbers) and (np.diff(numbers) == 1).all():
             return slice(first, last + 1)

@@ -1,7 +1,7 @@
 """vLLM's entry point: called in each of its processes, before anything else.
 
-Only the creation of an engine's configuration is wrapped at first. Everything else is wrapped when a configuration asks
-for ReFT adapters, in this process and, told by an environment variable, in those that it starts.
+At first it only wraps the creation of an engine's configuration. Everything else is wrapped when a configuration has
+ReFT adapters, in this process and, through an environment variable, in its child processes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _FLAG = "PEFT_REFT_SERVES"
 _SERVER = "vllm.entrypoints.openai.models.serving"
 
 _done: set[str] = set()
-# Arguments for engines that somebody else starts.
+# Arguments for engines that other code starts.
 _arguments: ContextVar[dict[str, Any] | None] = ContextVar("engine_arguments", default=None)
 
 
 def register() -> None:
-    """Make vLLM know ReFT adapters; nothing changes for engines without them. Safe to call again."""
+    """Register ReFT adapters with vLLM; engines without them do not change. Safe to call again. Mutates vLLM."""
     if os.environ.get(_FLAG):
         install()
     if "register" not in _done:
@@ -34,14 +34,14 @@ def register() -> None:
 
 
 def install() -> None:
-    """Wrap what the adapters need; mutates vLLM's classes in this process.
+    """Wrap the functions that adapters need. Mutates vLLM's classes in this process.
 
     Raises:
-        UnknownVersion: this version of vLLM is built differently.
+        UnknownVersion: this version of vLLM lacks one of these functions, or an argument of one.
     """
     if "install" in _done:
         return
-    serves = _SERVER in sys.modules  # else nobody needs what it would import
+    serves = _SERVER in sys.modules  # other processes should not import the server
     symbols = wrapping.FRONT | wrapping.CORE | wrapping.WORKER | (wrapping.SERVER if serves else {})
     for path, parameters in symbols.items():
         wrapping.check(path, parameters)
@@ -61,7 +61,7 @@ def install() -> None:
 
 @contextmanager
 def engine_arguments(**arguments: Any) -> Iterator[None]:
-    """Arguments of vLLM's `EngineArgs` that engines started in this block get, whatever their maker gives.
+    """Override arguments of vLLM's `EngineArgs` for engines that are started in this block.
 
     Raises:
         ValueError: raised by the engine, which has no such argument.
@@ -93,7 +93,7 @@ def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -
 
 
 def _refuse_requests() -> None:
-    """Have an engine without adapters refuse requests for one, which would get the base model's answer otherwise."""
+    """Have an engine without adapters refuse requests for one, which otherwise would get the base model's answer."""
     path = "vllm.v1.engine.input_processor:InputProcessor.process_inputs"
     try:
         wrapping.check(path, wrapping.FRONT[path])

@@ -1,4 +1,4 @@
-"""The adapter of a request: what a caller may write, and what travels to the scheduler and the workers."""
+"""The adapter of a request: the forms that callers write, and the one that goes to the scheduler and the workers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _FORMS = f"extra_args={{'{REQUEST}': 'name'}}, or {{'{REQUEST}': {{'name': 'name
 
 @dataclass(frozen=True)
 class Resolved:
-    """The adapter that a request gets, whatever happens to its name later.
+    """The adapter of a request, even if its name changes its meaning later.
 
     Attributes:
-        name: what the caller called it.
-        fingerprint: its contents.
+        name: its name in the request.
+        fingerprint: identifies its contents, see `Adapter.fingerprint`.
         positions, share_weights: as in `ReftConfig`.
         strength: factor of its edits.
     """
@@ -45,15 +45,15 @@ class Resolved:
         return None if asked is None else cls(**asked)
 
     def editing(self, prompt: int) -> Editing:
-        """How a request with so many prompt tokens is edited."""
+        """How a request with `prompt` prompt tokens is edited."""
         return Editing(self.fingerprint, self.strength, _parsed(self.positions, self.share_weights), prompt)
 
 
 class Registry:
-    """The adapters that requests can name, in the process that takes requests.
+    """The adapters that requests can name, in the process that receives requests.
 
     Args:
-        model, hidden_size, layers: those of the served model.
+        model, hidden_size, layers: name, hidden size and number of layers of the served model.
     """
 
     def __init__(self, model: str, hidden_size: int, layers: int) -> None:
@@ -62,7 +62,7 @@ class Registry:
         self.sources: dict[str, str] = {}
 
     def load(self, name: str, source: str) -> Adapter:
-        """Read an adapter that fits the model; `enter` makes it known.
+        """Read an adapter that fits the model; `enter` registers it.
 
         Raises:
             ValueError: it cannot be read, or does not fit.
@@ -72,16 +72,16 @@ class Registry:
         return adapter
 
     def check(self, name: str, adapter: Adapter) -> None:
-        """Raise `ValueError` for an adapter of another model."""
+        """Raise a `ValueError` for an adapter that does not fit the model, see `adapters.check`."""
         check(name, adapter, self.hidden_size, self.layers)
 
     def enter(self, name: str, adapter: Adapter, source: str) -> str | None:
-        """Let requests name an adapter; returns the fingerprint that nothing is called by any longer."""
+        """Let requests name an adapter; returns the fingerprint that has no name any longer, None if there is none."""
         if adapter.base_model and _last_part(adapter.base_model) != _last_part(self.model):
-            # Not refused: a copy of the model may be called anything. PEFT and vLLM's LoRA do not compare names at all.
+            # Not refused: a copy of the model may have any name. PEFT and vLLM's LoRA do not compare names at all.
             logger.warning(
                 "The ReFT adapter %r was trained on %r, but %r is served. Sizes agree; if these are different models, "
-                "its edits mean nothing.",
+                "its edits are meaningless.",
                 name,
                 adapter.base_model,
                 self.model,
@@ -92,10 +92,10 @@ class Registry:
         return self._unused(before)
 
     def leave(self, name: str) -> str | None:
-        """Forget a name; returns as `enter`.
+        """Forget a name; returns the same as `enter`.
 
         Raises:
-            ValueError: nothing is called so.
+            ValueError: no adapter has this name.
         """
         before = self.resolve(name)
         del self.adapters[name], self.sources[name]

@@ -1,7 +1,7 @@
 """Adapters of a running engine: add, replace and remove them.
 
-The scheduler and the workers learn of a new adapter before requests can name it, and drop an old one when the last
-request that got it is finished: every answer is made with one set of weights.
+The scheduler and the workers get a new adapter before requests can name it, and drop an old one when the last request
+that uses it is finished: every answer is generated with one set of weights.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ def adapters(engine: Any) -> dict[str, str]:
 
 
 def add_adapter(llm: Any, name: str, adapter: str | Adapter) -> None:
-    """Serve one more adapter, or other weights under a name; mutates the engine.
+    """Serve a new adapter, or new weights under an existing name. Mutates the engine.
 
-    Requests that are under way keep the weights that they began with.
+    Running requests keep the weights that they started with.
 
     Args:
         llm: vLLM's `LLM` or `LLMEngine`; for `AsyncLLM` see `add_adapter_async`.
-        name: what requests will call it.
+        name: its name in requests.
         adapter: a folder, a hub id, or an `Adapter` in memory (`Adapter.of_model`).
 
     Raises:
-        ValueError: it cannot be read, does not fit the model, or there is no memory for it.
+        ValueError: it cannot be read, does not fit the model, or takes more memory than `reft_memory_mib` leaves; or
+            the engine was started without `reft_adapters`, or has several API servers.
     """
     engine = _inner(llm)
     registry = _registry(engine)
@@ -53,7 +54,7 @@ def add_adapter(llm: Any, name: str, adapter: str | Adapter) -> None:
 
 
 def remove_adapter(llm: Any, name: str) -> None:
-    """Serve an adapter no longer; requests that are under way finish with it. For arguments see `add_adapter`.
+    """Stop serving an adapter. Running requests finish with it. For the arguments see `add_adapter`.
 
     Raises:
         ValueError: there is no adapter of this name.
@@ -65,7 +66,7 @@ def remove_adapter(llm: Any, name: str) -> None:
 
 
 async def add_adapter_async(engine: Any, name: str, adapter: str | Adapter) -> None:
-    """`add_adapter` for vLLM's `AsyncLLM`."""
+    """`add_adapter` for vLLM's `AsyncLLM`; same arguments and errors."""
     registry = _registry(engine)
     loaded = _loaded(registry, name, adapter)
     with _refusing(name):
@@ -76,7 +77,7 @@ async def add_adapter_async(engine: Any, name: str, adapter: str | Adapter) -> N
 
 
 async def remove_adapter_async(engine: Any, name: str) -> None:
-    """`remove_adapter` for vLLM's `AsyncLLM`."""
+    """`remove_adapter` for vLLM's `AsyncLLM`; same arguments and errors."""
     unused = _registry(engine).leave(name)
     if unused is not None:
         await engine.engine_core.call_utility_async("reft_retire", unused)
@@ -102,7 +103,7 @@ def _refusing(name: str) -> Iterator[None]:
     except EngineDeadError:
         raise
     except Exception as error:
-        # Errors of another process arrive as text.
+        # Errors from another process arrive as text.
         raise ValueError(f"The engine cannot serve the ReFT adapter {name!r}: {error}") from error
 
 

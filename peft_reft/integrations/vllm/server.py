@@ -1,8 +1,8 @@
-"""The plug-in in vLLM's OpenAI server: an adapter is a model, and is loaded as LoRA adapters are.
+"""The plug-in in vLLM's OpenAI server: an adapter is a model, and is loaded like LoRA adapters.
 
 A request names an adapter as its `model`, as `"reft": "name"` or `"reft": {"name": ..., "strength": ...}`, or among
-`vllm_xargs`. The routes `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` (open where vLLM's environment variable
-VLLM_ALLOW_RUNTIME_LORA_UPDATING says so) take ReFT adapters too, by path or in the request (`Adapter.to_url`).
+`vllm_xargs`. The routes `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` (enabled by vLLM's environment variable
+VLLM_ALLOW_RUNTIME_LORA_UPDATING) take ReFT adapters too, by path or in the request (`Adapter.to_url`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _registry(models: Any) -> Registry | None:
 
 
 def _is_base_model(original: Any, self: Any, model_name: str) -> bool:
-    """What needs no LoRA adapter."""
+    """Whether a name needs no LoRA adapter: the base model, or a ReFT adapter."""
     registry = _registry(self)
     return original(self, model_name) or (registry is not None and model_name in registry.adapters)
 
@@ -58,7 +58,7 @@ def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) 
 
 
 def _asked(request: Any) -> Any:
-    """The adapter that a request names; the most specific way counts."""
+    """The adapter that a request names; the most specific of several ways counts."""
     for arguments in (request.vllm_xargs, request.model_extra):
         if (asked := (arguments or {}).get(REQUEST)) is not None:
             return asked
@@ -95,7 +95,7 @@ def _is_reft(source: str) -> bool:
         return True
     try:
         return isinstance(PeftConfig.from_pretrained(source), ReftConfig)
-    except Exception:  # whatever is wrong with it, vLLM says so
+    except Exception:  # vLLM reports what is wrong with it
         return False
 
 

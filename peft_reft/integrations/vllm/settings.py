@@ -1,4 +1,4 @@
-"""What a user asks of the plug-in, in vLLM's `additional_config`."""
+"""The plug-in's options in vLLM's `additional_config`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from peft_reft.components import COMPONENTS
 
 ADAPTERS, WIDER, MEMORY = "reft_adapters", "reft_components", "reft_memory_mib"
-# Written by the plug-in itself: what the first adapters edit, each a module's name and its side.
+# Written by the plug-in itself: the modules that the first adapters edit, each as its name and its side.
 TARGETS = "reft_targets"
 # The adapter of a request, in its extra arguments.
 REQUEST = "reft"
@@ -26,11 +26,11 @@ class Settings:
     """The plug-in's options.
 
     Attributes:
-        adapters: `reft_adapters`, name -> folder or hub id. An empty dictionary prepares for adapters that are added
-            later.
-        components: `reft_components`, what adapters that are added later may edit: `block_output` and what
-            the first adapters edit in any case.
-        memory_mib: `reft_memory_mib`, the most memory that the factors of all adapters may take on a worker, in MiB.
+        adapters: `reft_adapters`, name -> folder or hub id. An empty dictionary prepares the engine for adapters that
+            are added later.
+        components: `reft_components`, further components that adapters added later may edit, besides `block_output`
+            and the components of the first adapters.
+        memory_mib: `reft_memory_mib`, the maximum memory for the factors of all adapters on a worker, in MiB.
         targets: see `TARGETS`.
     """
 
@@ -44,7 +44,7 @@ class Settings:
         """The options among an engine's `additional_config`; None without `reft_adapters`.
 
         Raises:
-            ValueError: a value that is none of those allowed.
+            ValueError: an unknown option, or a value that is not allowed.
         """
         if not isinstance(additional_config, Mapping):
             return None

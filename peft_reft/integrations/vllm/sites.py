@@ -1,4 +1,4 @@
-"""Where a vLLM model is edited: hooks on its layers and on modules in them, which call one opaque operation."""
+"""The edited places of a vLLM model: hooks on its layers and on modules in them, which call one opaque operation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Edit = Callable[[torch.Tensor, torch.Tensor | None, str], None]
 
 
 class Target(NamedTuple):
-    """What is edited in every layer: the dotted name of a module in it (empty for the layer itself), and its side."""
+    """A place in every layer: the dotted name of a module in it (empty for the layer itself), and its side."""
 
     module: str
     side: str
@@ -29,10 +29,10 @@ BLOCK_OUTPUT = Target("", OUTPUT)
 
 
 def find_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
-    """The layers of a model by number, those that another pipeline stage holds left out.
+    """The layers of a model by number, without those in another pipeline stage.
 
     Raises:
-        ValueError: the model has not one stack of `count` layers.
+        ValueError: the model does not have exactly one stack of `count` layers.
     """
     stacks = {name: stack for name, stack in _outermost_lists(model) if len(stack) == count}
     if len(stacks) != 1:
@@ -41,7 +41,7 @@ def find_layers(model: nn.Module, count: int) -> dict[int, nn.Module]:
             f"{count} layers: the ReFT plug-in edits decoders with one stack of layers."
         )
     (stack,) = stacks.values()
-    # Stand-ins for layers of other stages have no parts.
+    # Placeholders for layers of other stages have no children.
     return {number: layer for number, layer in enumerate(stack) if next(layer.children(), None) is not None}
 
 
@@ -77,10 +77,10 @@ def target_of(component: str, layers: dict[int, nn.Module]) -> Target:
 
 
 def check_target(target: Target, layer: nn.Module, tensor_parallel: int) -> None:
-    """Refuse what is not there to be edited in a layer of vLLM's model.
+    """Refuse a target that cannot be edited in a layer of vLLM's model.
 
     Raises:
-        ValueError: vLLM has no such module (it fuses some), or one whose output is not whole.
+        ValueError: vLLM has no such module (it fuses some), or each worker has only a part of its output.
     """
     model = type(layer).__name__
     if target.module == "":
@@ -106,13 +106,13 @@ def check_target(target: Target, layer: nn.Module, tensor_parallel: int) -> None
 
 
 def attach(layers: dict[int, nn.Module], targets: Iterable[Target], hidden_size: int, edit: Edit) -> set[str]:
-    """Hook modules so that `edit` is called with what they put out (or get); mutates the model's hooks.
+    """Hook modules so that `edit` is called with their outputs (or inputs). Mutates the model's hooks.
 
     Returns:
         The names of the hooked places.
     """
     names = set()
-    # Inputs are hooked first and so edited before what comes later in the layer.
+    # Inputs are hooked first, so that they are edited before later parts of the layer.
     for target in sorted(targets):
         for number, layer in layers.items():
             try:
@@ -137,7 +137,7 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 class _Hook:
-    """The hooks of one place. Layers of vLLM hand on the residual stream in two parts, of which it is the sum."""
+    """The hooks of one place. vLLM's layers pass the residual stream on as two parts, which add up to it."""
 
     def __init__(self, name: str, module: str, hidden_size: int, edit: Edit) -> None:
         self.name, self.module, self.hidden_size, self.edit = name, module, hidden_size, edit

@@ -17,10 +17,10 @@ from peft_reft.integrations.vllm.worker import WorkerState, edit, edit_running
 
 
 def start(worker: Any, settings: Settings) -> WorkerState:
-    """Hook a worker's model and load its first adapters; mutates the model.
+    """Hook a worker's model and load its first adapters. Mutates the model.
 
     Raises:
-        ValueError: an adapter, or a component, that this model cannot serve.
+        ValueError: this model cannot serve an adapter, or a component.
     """
     model, config = worker.model_runner.get_model(), worker.model_config
     hidden_size, depth = config.get_hidden_size(), config.get_total_num_hidden_layers()
@@ -46,7 +46,7 @@ def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _follow_inputs(runner: Any, state: WorkerState, second: bool) -> None:
-    """Have a model runner tell the order and place of the requests in each pass; mutates this runner."""
+    """Have a model runner report the order and position of the requests in each pass. Mutates this runner."""
     name, chunks = ("prepare_inputs", _second_chunks) if second else ("_prepare_inputs", _first_chunks)
     original = getattr(runner, name, None)
     path = f"{type(runner).__name__}.{name}"
@@ -97,10 +97,10 @@ def _reft_retire(self: Any, fingerprint: str, requests: list[str]) -> None:
 
 
 def add_methods() -> None:
-    """Give workers the methods that the scheduler's process calls; mutates vLLM's class."""
+    """Add the methods that the scheduler's process calls to workers. Mutates vLLM's class."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    # What engines keep that were started before this.
+    # The value for engines that were started before.
     Worker.reft = None
     Worker.reft_try_out, Worker.reft_add, Worker.reft_retire = _reft_try_out, _reft_add, _reft_retire
 

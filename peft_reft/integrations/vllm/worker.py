@@ -1,4 +1,4 @@
-"""What a worker keeps: the adapters' factors at each place of its model, and how each running request is edited."""
+"""The state of a worker: the adapters' factors at each place of its model, and how each running request is edited."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class WorkerState:
     """The plug-in's state in one worker.
 
     Args:
-        names: the places of this worker's part of the model that can be edited.
-        targets: what can be edited in any layer.
+        names: the places in this worker's part of the model that can be edited.
+        targets: the places that can be edited in any layer.
         local: numbers of the layers that this worker has.
-        hidden_size, layers: those of the whole model.
+        hidden_size, layers: hidden size and number of layers of the whole model.
         device: where the factors are kept.
-        memory_mib: the most memory that they may take.
+        memory_mib: the maximum memory for them, in MiB.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class WorkerState:
         self.requests: dict[str, Editing] = {}
         # fingerprint -> bytes of its factors
         self.adapters: dict[str, int] = {}
-        # fingerprint -> unfinished requests that still need an adapter that was taken away
+        # fingerprint -> unfinished requests that still need an adapter that was removed
         self.retired: dict[str, set[str]] = {}
-        # Until the model was tried out: adapters; while it is: the places that it has called; from then on: the others.
+        # Adapters until `try_out`; the places that are called during it; the places that are never called after it.
         self._untried: list[tuple[str, Adapter]] = []
         self._called: set[str] | None = None
         self._never_called: set[str] | None = None
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Keep an adapter from now on.
+        """Add an adapter.
 
         Raises:
-            ValueError: it does not fit the model, or memory.
+            ValueError: it does not fit the model, or takes too much memory.
         """
         self.retired.pop(adapter.fingerprint, None)
         if adapter.fingerprint in self.adapters:
@@ -153,13 +153,13 @@ class WorkerState:
                 yield site, kind_of(intervention), factors
 
     def retire(self, fingerprint: str, requests: Iterable[str]) -> None:
-        """Drop an adapter as soon as these requests are finished."""
+        """Remove an adapter as soon as these requests are finished."""
         if fingerprint in self.adapters:
             self.retired[fingerprint] = set(requests)
             self._drop_unused()
 
     def _share_layouts(self) -> None:
-        """Have equal layouts be one object, which is found faster."""
+        """Make equal layouts one object, which dictionaries find faster."""
         layouts: dict[Layout, Layout] = {}
         for site in self.sites.values():
             site.layout = layouts.setdefault(site.layout, site.layout)
@@ -172,7 +172,7 @@ class WorkerState:
         self._share_layouts()
 
     def follow(self, scheduler_output: Any) -> None:
-        """Take up new requests of vLLM's `SchedulerOutput`, and forget finished ones."""
+        """Register the new requests of vLLM's `SchedulerOutput`, and drop finished ones."""
         for request in scheduler_output.finished_req_ids:
             self.requests.pop(request, None)
             for waiting in self.retired.values():
@@ -192,7 +192,7 @@ class WorkerState:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While a step runs: edits use this worker's plan, which is dropped behind it."""
+        """While a step runs, edits use this worker's plan, which is dropped after it."""
         global _running
         outer, _running = _running, self
         try:
@@ -201,10 +201,13 @@ class WorkerState:
             _running, self.plan = outer, None
 
     def try_out(self, dummy_pass: Callable[[], Any]) -> None:
-        """See what the model calls: it may use a module's weight without calling the module, which edits nothing then.
+        """Find out which modules the model calls: it may use a module's weight without calling it, past the edits.
+
+        Args:
+            dummy_pass: runs a pass through the model.
 
         Raises:
-            ValueError: an adapter edits what is not called.
+            ValueError: an adapter edits a module that is never called.
         """
         self._called = called = set()
         with self.running():
@@ -220,8 +223,8 @@ class WorkerState:
         if missed:
             raise ValueError(
                 f"The adapter {name!r} edits the {missed[0].side} of {missed[0].module or 'layers'!r}, which vLLM's "
-                f"model does not call ({missed[0]} and {len(missed) - 1} others): it fuses it with what comes before "
-                "or behind, and nothing would be edited. Edit the layers' output (block_output) instead."
+                f"model does not call ({missed[0]} and {len(missed) - 1} others): it fuses the module with the one "
+                "before or after it, and nothing would be edited. Edit the layers' output (block_output) instead."
             )
 
     def edit(self, hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
@@ -234,16 +237,16 @@ class WorkerState:
 
 
 def edit_running(hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
-    """Edit what a place of the running worker's model puts out; in place, nothing outside of steps (in warm-ups)."""
+    """Edit a place's output in the running worker's model, in place. Outside of steps (warm-ups) it does nothing."""
     if _running is not None:
         _running.edit(hidden, residual, name)
 
 
 def _edit_nothing(hidden: torch.Tensor, residual: torch.Tensor | None, name: str) -> None:
-    """What the compiler is told about the values: nothing."""
+    """Fake implementation for the compiler."""
 
 
-# One opaque operation, so that compiled models call it too, and never look inside.
+# One opaque operation, which compiled models call without tracing into it.
 _library = torch.library.Library("peft_reft", "FRAGMENT")
 _library.define("edit(Tensor(a!) hidden, Tensor(b!)? residual, str name) -> ()")
 _library.impl("edit", edit_running, "CompositeExplicitAutograd")

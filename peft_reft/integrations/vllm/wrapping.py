@@ -1,4 +1,4 @@
-"""Finding, checking and wrapping the functions of vLLM that have no other way in."""
+"""Finds, checks and wraps functions of vLLM that it has no extension point for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 KNOWN_VERSIONS = ("0.32.0",)
 
-# Names of vLLM's functions that are wrapped, and of the parameters that the wrappers count on.
+# vLLM's functions that are wrapped, and the parameters that the wrappers rely on.
 ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 FRONT = {
     "vllm.v1.engine.input_processor:InputProcessor.__init__": ("self", "vllm_config"),
@@ -52,7 +52,7 @@ SERVER = {
 
 
 class UnknownVersion(RuntimeError):
-    """This vLLM is not one that the plug-in knows its way into."""
+    """The plug-in does not support this version of vLLM."""
 
 
 def find(path: str) -> tuple[Any, str, Callable]:
@@ -73,7 +73,7 @@ def find(path: str) -> tuple[Any, str, Callable]:
 
 
 def check(path: str, parameters: tuple[str, ...]) -> None:
-    """Raise `UnknownVersion` where a function is missing, or does not take these parameters."""
+    """Raise `UnknownVersion` if a function is missing, or does not take these parameters."""
     check_function(path, find(path)[2], parameters)
 
 
@@ -84,7 +84,7 @@ def check_function(path: str, function: Callable, parameters: tuple[str, ...]) -
 
 
 def wrap(path: str, around: Callable) -> None:
-    """Have `around(original, *arguments)` called in place of a function; mutates its class or module."""
+    """Call `around(original, *arguments)` in place of a function. Mutates its class or module."""
     owner, name, original = find(path)
 
     @functools.wraps(original)
@@ -95,7 +95,7 @@ def wrap(path: str, around: Callable) -> None:
 
 
 def unknown(found: str) -> UnknownVersion:
-    """The error that tells what was found, and the known versions."""
+    """An error that names the difference that was found, and the known versions."""
     import vllm
 
     return UnknownVersion(
