@@ -6,7 +6,7 @@ lack one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -120,12 +120,10 @@ def part_of_layer(component: str, layer: int) -> str | None:
     return _PARTS[component].format(layer) if component in _PARTS else None
 
 
-def part_of_block(block: nn.Module, component: str) -> tuple[str | None] | None:
-    """Name of the module of a component in a block, in a tuple, (None,) if it has none; None where structure tells."""
-    parts = next(
-        (_PARTS_OF_BLOCKS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in _PARTS_OF_BLOCKS), {}
-    )
-    return (parts[component],) if component in parts else None
+def parts_of_block(block: nn.Module) -> Mapping[str, str | None]:
+    """Component -> name of its module in a block, None if it has none; only those that structure does not tell."""
+    known = (_PARTS_OF_BLOCKS[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in _PARTS_OF_BLOCKS)
+    return next(known, {})
 
 
 def placement_of(owner: PreTrainedModel, block: nn.Module, name: str) -> Placement | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_reft.components import DECODER, ENCODER, OUTPUT, Part, find_component, has_output
 from peft_reft.config import ReftConfig
-from peft_reft.families import part_of_block, part_of_layer
+from peft_reft.families import part_of_layer, parts_of_block
 from peft_reft.interventions import INTERVENTIONS
 from peft_reft.modules import named_base_modules, named_modules
 from peft_reft.places import Place, Places, is_called_past_hooks, place_outside
@@ -207,8 +207,10 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
 def _part(stack: BlockList, index: int, component: str) -> Part | str:
     """A component of a block, or the reason why the block has none; its name is relative to the block."""
     block = stack.blocks[index]
-    if (told := part_of_block(block, component)) is not None:
-        return "it has none" if told[0] is None else Part(told[0], block.get_submodule(told[0]))
+    told = parts_of_block(block)
+    if component in told:
+        name = told[component]
+        return "it has none" if name is None else Part(name, block.get_submodule(name))
     if not stack.is_loose:
         return find_component(block, component)
     name = part_of_layer(component, index)

@@ -208,7 +208,9 @@ class Subject:
         channels = channels if isinstance(channels, int) else 3
         frames = self._setting("frames_per_clip", "num_frames", default=4) or 4
         if "pixel_values" in self.parameters:
-            for shape in dict.fromkeys((size, (32, 32), (64, 64), (224, 224))):
+            small = ((32, 32), (64, 64))
+            # Large images take long, and many models take smaller ones.
+            for shape in dict.fromkeys((*small, size) if max(size) > 256 else (size, *small, (224, 224))):
                 yield {"pixel_values": torch.randn(2, channels, *shape)}
             yield {"pixel_values": torch.randn(2, frames, channels, *size)}
         if "pixel_values_videos" in self.parameters:
