@@ -207,7 +207,7 @@ def known_of(row: dict) -> Known | None:
 def state_of(row: dict) -> str:
     """`ok`, `FAIL`, `known` (a failure that `KNOWN` lists), or `base`: the base model is not built or does not run."""
     if failed := failures(row):
-        if row["state"] != "runs" and "cannot be told" in failed.get("attach", ""):
+        if row["state"] != "runs" and "is unknown" in failed.get("attach", ""):
             # Widths are told by a pass, which this base model does not make.
             return "base"
         known = known_of(row)
