@@ -181,6 +181,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": _MROPE},
     "glm_image_text": {"rope_parameters": _MROPE},
     "efficientnet": {"hidden_dim": 2560},
+    "vits": {"upsample_initial_channel": 32},
     "mimi_decoder": {"upsample_groups": HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "apertus1p5": {"image_token_offset": 128, "audio_token_offset": 256, "text_config": {"vocab_size": 512}},
