@@ -179,6 +179,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4v_text": {"rope_parameters": _MROPE},
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
     "glm_ocr_text": {"rope_parameters": _MROPE},
+    "paddleocr_vl_text": {"rope_parameters": _MROPE},
     "glm_image_text": {"rope_parameters": _MROPE},
     "efficientnet": {"hidden_dim": 2560},
     "vits": {"upsample_initial_channel": 32},

@@ -224,7 +224,7 @@ def test_a_second_adapter_needs_no_second_pass_without_numbers(monkeypatch):
     assert find_sites(model, config) == first
     other = on_meta("PvtModel")
     other.config.hidden_sizes = [32, 64, 160, 256]
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match="is unknown"):
         find_sites(other, config)
 
 
