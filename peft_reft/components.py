@@ -110,7 +110,9 @@ def _is_cross_attention(part: Part) -> bool:
 
 def _mlp(block: nn.Module) -> Part | str:
     attentions = tuple(f"{name}." for name, _ in _attentions(block))
-    outside = [(name, module) for name, module in named_base_modules(block) if not name.startswith(attentions)]
+    others = ((name, module) for name, module in named_base_modules(block) if not name.startswith(attentions))
+    # Some norms learn their scale by an MLP.
+    outside = [(name, module) for name, module in others if not re.search(r"norm[^.]*\.", name, re.IGNORECASE)]
     whole = list(_whole_mlps(outside))
     bare = any(name == "experts" for name, _ in outside)
     if bare or any(_has_experts(part.module) for part in whole):
