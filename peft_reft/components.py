@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
+from inspect import isfunction
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -72,7 +74,15 @@ def _attention(block: nn.Module) -> Part | str:
     own = [part for part in found if not _is_cross_attention(part)]
     if not own:
         return "it attends to another stack only" if found else "no attention was found in it"
-    return _last_projection(own[0]) or own[0]
+    projection = None if multiplies_itself(type(own[0].module)) else _last_projection(own[0])
+    return projection or own[0]
+
+
+@cache
+def multiplies_itself(attention: type[nn.Module]) -> bool:
+    """Whether an attention hands the weights of its projections to torch's function, and calls none of them."""
+    methods = (value for cls in attention.__mro__ for value in vars(cls).values() if isfunction(value))
+    return any("multi_head_attention_forward" in method.__code__.co_names for method in methods)
 
 
 def _attentions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -100,7 +110,9 @@ def _is_cross_attention(part: Part) -> bool:
 
 def _mlp(block: nn.Module) -> Part | str:
     attentions = tuple(f"{name}." for name, _ in _attentions(block))
-    outside = [(name, module) for name, module in named_base_modules(block) if not name.startswith(attentions)]
+    others = ((name, module) for name, module in named_base_modules(block) if not name.startswith(attentions))
+    # Some norms learn their scale by an MLP.
+    outside = [(name, module) for name, module in others if not re.search(r"norm[^.]*\.", name, re.IGNORECASE)]
     whole = list(_whole_mlps(outside))
     bare = any(name == "experts" for name, _ in outside)
     if bare or any(_has_experts(part.module) for part in whole):

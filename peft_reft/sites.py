@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_reft.components import DECODER, ENCODER, OUTPUT, Part, find_component, has_output
+from peft_reft.components import DECODER, ENCODER, OUTPUT, Part, find_component, has_output, multiplies_itself
 from peft_reft.config import ReftConfig
 from peft_reft.families import part_of_layer, parts_of_block
 from peft_reft.interventions import INTERVENTIONS
@@ -79,7 +79,7 @@ def _each_once(sites: list[Site], model: nn.Module) -> list[Site]:
 
 def _check_is_called(model: nn.Module, site: Site) -> None:
     parent = model.get_submodule(site.name.rpartition(".")[0])
-    fused = isinstance(parent, nn.MultiheadAttention) or (hasattr(parent, "A_log") and hasattr(parent, "conv1d"))
+    fused = multiplies_itself(type(parent)) or (hasattr(parent, "A_log") and hasattr(parent, "conv1d"))
     if fused and site.name.endswith(".out_proj"):
         raise ValueError(
             f"{site.name!r} cannot be edited: {type(parent).__name__} uses its weight without calling it. Target "

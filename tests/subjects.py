@@ -131,6 +131,7 @@ class Subject:
     takes_tokens: bool = False
     takes_types: bool = False
     takes_positions: bool = False
+    ends: bool = False
     error: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -147,6 +148,7 @@ class Subject:
             if output is not None:
                 self.inputs = inputs
                 self.takes_tokens = "attention_mask" in inputs and inputs.keys() <= _OF_TOKENS
+                self.ends = self.takes_tokens and torch.equal(ids := inputs["input_ids"], self._ended(ids, ids >= 0))
                 self.takes_types = "token_type_ids" in inputs or "mm_token_type_ids" in inputs
                 return
         self.error = next(iter(errors), ValueError("forward takes nothing that is known here"))
@@ -154,6 +156,7 @@ class Subject:
     def told(self, batch: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:
         """The arguments for token ids and their mask, with what the model wants beside them."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        ids = self._ended(ids, mask) if self.ends else ids
         call = {"input_ids": ids, "attention_mask": mask}
         if self.takes_types:
             names = {"token_type_ids", "mm_token_type_ids"} & self.parameters
@@ -167,6 +170,13 @@ class Subject:
         if "decoder_input_ids" in self.inputs:
             call["decoder_input_ids"] = self.inputs["decoder_input_ids"][:1, :4].expand(len(ids), -1)
         return call | more
+
+    def _ended(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Token ids with the token that ends a sequence at the last real place of each row."""
+        end, ended = self._setting("eos_token_id", default=2), ids.clone()
+        for row, real in zip(ended, mask, strict=True):
+            row[real.nonzero()[-1]] = int(end[0] if isinstance(end, (list, tuple)) else end)
+        return ended
 
     def _setting(self, *names: str, default: Any = None) -> Any:
         """The first of some settings that the configuration, or that of a part of the model, has."""
@@ -195,6 +205,8 @@ class Subject:
             yield from calls if "input_ids" in text else reversed(calls)
         if "input_ids" in self.parameters:
             yield from ({**text, **decoder, "use_cache": False}, {"input_ids": ids})
+            # Some classify at the end of the sequence, and make the decoder's tokens themselves.
+            yield {**text, "input_ids": self._ended(ids, torch.ones_like(ids))}
             codebooks = self._setting("num_codebooks", default=1)
             yield from ({"input_ids": ids.repeat(codebooks, 1)}, {"input_ids": ids[..., None].repeat(1, 1, codebooks)})
         if "hidden_states" in self.parameters:

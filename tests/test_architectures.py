@@ -239,6 +239,19 @@ def test_the_mlp_of_a_block_with_text_and_an_image_is_the_one_of_the_text():
     assert [site.name for site in sites] == [f"encoder.x_layers.{i}.lang_output.dense" for i in range(len(sites))]
 
 
+def test_an_mlp_in_a_norm_is_not_that_of_the_block():
+    sites = find_sites(on_meta("AXK2Model"), ReftConfig(positions="all", r=2, component="mlp_output"))
+    assert [site.name for site in sites] == ["layers.0.mlp.down_proj", *(f"layers.{i}.mlp" for i in (1, 2, 3))]
+
+
+def test_an_attention_that_calls_no_projection_is_edited_as_a_whole():
+    model = on_meta("WavLMModel")
+    sites = find_sites(model, ReftConfig(positions="all", r=2, component="attention_output"))
+    assert [site.name for site in sites] == [f"encoder.layers.{i}.attention" for i in range(len(sites))]
+    with pytest.raises(ValueError, match=r"WavLMAttention uses its weight without calling it\. Target .*attention'"):
+        find_sites(model, ReftConfig(positions="all", r=2, target_modules=["out_proj"]))
+
+
 def test_an_mlp_of_convolutions_is_passed_over_where_nothing_tells_its_layout():
     config = ReftConfig(positions="all", r=2, component="mlp_output")
     with pytest.warns(UserWarning, match=r"2 have none and are passed over \(.*it is one of convolutions"):
