@@ -33,8 +33,13 @@ _PARTS = {
 }
 # Class of a block -> component -> the module in it that puts that out, None where none does.
 _PARTS_OF_BLOCKS: dict[str, dict[str, str | None]] = {
+    # It has an attention for the text and one for the image, and returns the image first.
+    "GroundingDinoEncoderLayer": {"attention_output": "deformable_layer.self_attn.output_proj"},
+    "MMGroundingDinoEncoderLayer": {"attention_output": "deformable_layer.self_attn.output_proj"},
     # It has an MLP for the text and one for the image, and returns the text first.
     "LxmertXLayer": {"mlp_output": "lang_output.dense"},
+    # It has both once more for the layout of the page, and returns the text first.
+    "LiltLayer": {"attention_output": "attention.output.dense", "mlp_output": "output.dense"},
     # What it calls gated attention weighs the entries of one axis.
     "PatchTSMixerLayer": {"attention_output": None},
 }

@@ -197,8 +197,8 @@ class Subject:
         if "input_ids" in self.parameters:
             types = {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in self.parameters}
             yield from ({**text, **decoder, **types}, {**text, **decoder})
-            if "bbox" in self.parameters:
-                yield {**text, **decoder, "bbox": torch.zeros(2, 8, 4, dtype=torch.long)}
+            for kind in (torch.long, torch.float) if "bbox" in self.parameters else ():
+                yield {**text, **decoder, "bbox": torch.zeros(2, 8, 4, dtype=kind)}
         for others in (*self._images(), *self._sounds(), *self._series(), *self._steps()):
             calls = ({**text, **decoder, **others}, {**decoder, **others})
             # A mask without token ids is one of places, of which there may be more.
@@ -230,9 +230,9 @@ class Subject:
         grids = self.parameters & {"grid_thw", "image_grid_thw"} if "input_ids" not in self.parameters else ()
         for grid_name in grids:
             name = "hidden_states" if "hidden_states" in self.parameters else "pixel_values"
-            patch, frames = self._setting("patch_size", default=8), self._setting("temporal_patch_size", default=1)
-            grid = torch.tensor([[1, 4, 4]] * 2)
-            yield {name: torch.randn(32, channels * frames * patch**2), grid_name: grid}
+            patch, grid = self._setting("patch_size", default=8), torch.tensor([[1, 4, 4]] * 2)
+            for frames in (self._setting("temporal_patch_size", default=1), 2):
+                yield {name: torch.randn(32, channels * frames * patch**2), grid_name: grid}
         if "visual_feats" in self.parameters:
             yield {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
 

@@ -234,9 +234,22 @@ def test_each_part_of_a_vision_block_has_its_own_width():
     assert [site.features for site in sites] == [128, 256, 384]
 
 
-def test_the_mlp_of_a_block_with_text_and_an_image_is_the_one_of_the_text():
-    sites = find_sites(on_meta("LxmertModel"), ReftConfig(positions="all", r=2, component="mlp_output"))
-    assert [site.name for site in sites] == [f"encoder.x_layers.{i}.lang_output.dense" for i in range(len(sites))]
+@pytest.mark.parametrize(
+    ("name", "component", "part"),
+    [
+        ("LxmertModel", "mlp_output", "encoder.x_layers.{}.lang_output.dense"),
+        ("LxmertModel", "attention_output", "encoder.x_layers.{}.lang_self_att.output.dense"),
+        ("LiltModel", "mlp_output", "encoder.layer.{}.output.dense"),
+        ("LiltModel", "attention_output", "encoder.layer.{}.attention.output.dense"),
+        ("GroundingDinoModel", "mlp_output", "encoder.layers.{}.deformable_layer.fc2"),
+        ("GroundingDinoModel", "attention_output", "encoder.layers.{}.deformable_layer.self_attn.output_proj"),
+    ],
+)
+def test_the_parts_of_a_block_with_two_streams_are_those_of_what_it_returns_first(name, component, part):
+    sites = find_sites(on_meta(name), ReftConfig(positions="all", r=2, component=component))
+    found = [site.name for site in sites if ".decoder." not in f".{site.name}"]
+    assert found
+    assert found == [part.format(i) for i in range(len(found))]
 
 
 def test_an_mlp_in_a_norm_is_not_that_of_the_block():
