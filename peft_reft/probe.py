@@ -21,7 +21,7 @@ from peft_reft.layouts import first_tensor
 _BATCH = 2
 # Name of a module, side -> shape.
 Shapes = dict[tuple[str, str], tuple[int, ...]]
-# What was found before, in this process: further adapters ask the same of the same model.
+# Results in this process, by model and names: further adapters reuse them.
 _found: dict[tuple[type, str, tuple[str, ...]], list[Shapes]] = {}
 
 

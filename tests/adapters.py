@@ -1,4 +1,4 @@
-"""Configs of a ReFT and a LoRA adapter that both visibly change a tiny Llama, and what tests do with them."""
+"""Configs of a ReFT and a LoRA adapter that both visibly change a tiny Llama, and helpers for them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def trainable(model) -> set[str]:
 
 
 def without_packing(model):
-    """`model` itself, which then computes on every CPU what it computes with an adapter.
+    """`model`, changed so that it computes the same on every CPU as with an adapter.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights for passes without gradients, and rounds their scales.
     """

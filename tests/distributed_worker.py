@@ -1,6 +1,6 @@
-"""What one process of a distributed run does: `accelerate launch ... tests/distributed_worker.py FOLDER CASE...`.
+"""One process of a distributed run: `accelerate launch ... tests/distributed_worker.py FOLDER CASE...`.
 
-Trains each case with TRL, and leaves the adapter and what the process saw in `FOLDER/CASE`.
+Trains each case with TRL, and saves the adapter and the process's measurements in `FOLDER/CASE`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT = torch.tensor([[7, 8, 9, 10, 11, 12]])
 class Case:
     """One run: settings of the adapter and of the trainer, which model, and what is special about it.
 
-    `idle`: nothing is edited in the second process. `interrupted`: a distributed run goes on from a checkpoint.
+    `idle`: nothing is edited in the second process. `interrupted`: a distributed run resumes from a checkpoint.
     """
 
     reft: dict[str, Any] = field(default_factory=dict)

@@ -19,8 +19,8 @@ _REASONS = {"obstacle", "_tied"}
 def messages() -> dict[str, str]:
     """Each message, with `GAP` for what is filled in -> file and line of one place that it comes from.
 
-    A message is what `raise`, a warning or a log is given: strings there, constants of the module, and what functions
-    of the package return that are called there. An exception that is passed on, or has no text, gives none.
+    A message is an argument of `raise`, a warning or a log: a string, a constant of the module, or the return value of
+    a function of the package. An exception that is passed on, or has no text, gives none.
     """
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
     constants, returned = {}, {}

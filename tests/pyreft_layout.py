@@ -1,4 +1,4 @@
-"""Writes checkpoints as pyreft lays them out, and computes what they do, in plain loops; needs neither pyreft nor ours.
+"""Writes checkpoints in pyreft's layout, and computes their edits in plain loops, without pyreft or this package.
 
 An intervention is a dictionary of its tensors: `R` [d, r] with orthonormal columns, or `P` [r, d] (and its bias `p`
 [r]), and, as the method has them, `W` [r, d] and `b` [r].
@@ -25,7 +25,7 @@ CLASSES = {
 
 
 def edited(method: str, h: torch.Tensor, tensors: dict[str, torch.Tensor], act=lambda x: x) -> torch.Tensor:
-    """What pyreft's class makes of one hidden representation [d]."""
+    """The output of pyreft's class for one hidden representation [d]."""
     h, tensors = h.double(), {name: tensor.double() for name, tensor in tensors.items()}
     rows = tensors["R"].T if "R" in tensors else tensors["P"]
     bias = tensors["b"]
@@ -42,7 +42,7 @@ def edited(method: str, h: torch.Tensor, tensors: dict[str, torch.Tensor], act=l
 
 
 def draw(method: str, features: int, rank: int, add_bias: bool = False, seed: int = 0) -> tuple[dict, dict]:
-    """An intervention, and the state dictionary that pyreft's class would save of it."""
+    """An intervention, and the state dictionary that pyreft's class would save."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -69,9 +69,9 @@ def loreft(h: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torc
 
 
 def edited(method: str, h: torch.Tensor, params: dict[str, torch.Tensor], act=lambda x: x) -> torch.Tensor:
-    """One hidden representation [d] behind the edit of one unit, for each method as its paper (or pyreft) writes it.
+    """One hidden representation [d] after the edit of one unit, for each method as in its paper (or pyreft).
 
-    `params`: `projection` [r, d], `weight` [r, d] and `bias` [r], those that the method has; `scale` and `bias` [d] for
+    `params`: `projection` [r, d], `weight` [r, d] and `bias` [r], if the method has them; `scale` and `bias` [d] for
     RED. R is the orthonormalized projection, P the projection itself.
     """
     if method == "red":
@@ -110,13 +110,13 @@ def edit_sequence(
 
 
 class Reference:
-    """A base model of its own, with modules whose output is edited token by token.
+    """A separate base model, with modules whose output is edited token by token.
 
     Args:
-        model: the base model; nobody else may use it.
+        model: the base model; no other code may use it.
         sites: module name -> parameters of its intervention.
         spec, shared: the positions, and whether one intervention serves all words.
-        inputs: as `sites`, for modules whose input is edited.
+        inputs: like `sites`, for modules whose input is edited.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class Reference:
 
     @contextmanager
     def editing(self, roles: str | dict[str, str], cached: bool = False) -> Iterator[torch.nn.Module]:
-        """The model, whose rows all have these roles (all sites, or each its own); tokens behind are completion.
+        """The model, whose rows all have these roles (all sites, or each its own); tokens after them are completion.
 
-        `cached`: every pass continues where the one before ended, else every pass holds the whole sequence.
+        `cached`: every pass continues where the previous one ended; otherwise every pass holds the whole sequence.
         """
         roles = roles if isinstance(roles, dict) else dict.fromkeys([*self.sites, *self.inputs], roles)
         handles = [
@@ -197,7 +197,7 @@ class Reference:
             return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
     def generate(self, ids: list[int], roles: str | None = None, cached: bool = False, **kwargs) -> torch.Tensor:
-        """What Transformers' own `generate` makes of one sequence."""
+        """The output of Transformers' own `generate` for one sequence."""
         with self.editing(roles or "p" * len(ids), cached) as model:
             return model.generate(input_ids=torch.tensor([ids]), use_cache=cached, **kwargs)
 

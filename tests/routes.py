@@ -1,4 +1,4 @@
-"""A model with an adapter beside its reference, and batches to send through both."""
+"""A model with an adapter and its reference, and batches to send through both."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def pad(roles, ids, left: int | str = 0, right: int = 0) -> Batch:
 
 
 def probe(count: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random weights of the logits: an objective that every token and every logit matters to."""
+    """Random weights of the logits: an objective that depends on every token and every logit."""
     return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A tiny model and adapters of all kinds in folders, and what Hugging Face says about an engine's answers."""
+"""A tiny model and adapters of all kinds in folders, and comparisons of an engine's answers with Transformers'."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, model: Path, seed: int = 0, **settings: Any) -> P
 
 
 class Request(NamedTuple):
-    """A prompt and the adapter (None: the base model) and strength that it asks for."""
+    """A prompt, the adapter that it names (None: the base model) and its strength."""
 
     ids: tuple[int, ...]
     adapter: str | None = None
@@ -85,16 +85,16 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an engine answered: tokens, and of each place the log-probabilities of some tokens."""
+    """An engine's answer: its tokens, and at each position the log-probabilities of some tokens."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[dict[int, float], ...]
 
 
 class Differences(NamedTuple):
-    """How an answer differs from Hugging Face's: tokens that are no best ones there, and log-probabilities.
+    """How an answer differs from Transformers': tokens that are not its best ones, and log-probabilities.
 
-    `gaps` are how much less likely each token is than the best one; of equal ones (a tie) either may be taken.
+    `gaps` are the differences between the best token's log-probability and each token's; in a tie either is right.
     """
 
     gaps: list[float]
@@ -165,7 +165,7 @@ def check(truth: HuggingFace, requests: list[Request], given: list[Answer], logp
 
 
 def answers(llm: Any, requests: list[Request], tokens: int = 12, **options: Any) -> list[Answer]:
-    """What vLLM answers, the most likely tokens each."""
+    """vLLM's greedy answers."""
     return [answer_of(output.outputs[0]) for output in outputs(llm, requests, tokens, **options)]
 
 

@@ -38,7 +38,7 @@ _CHAT = (
 
 
 class Block(NamedTuple):
-    """A code block: the number of its first line, its language (`setup` for what readers do not see), its code."""
+    """A code block: the number of its first line, its language (`setup` for hidden ones), its code."""
 
     line: int
     language: str

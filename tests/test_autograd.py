@@ -1,4 +1,4 @@
-"""Gradients of the steps that have a backward pass of their own, and what an edit of all tokens keeps for it."""
+"""Gradients of the steps with their own backward passes, and the tensors that an edit of all tokens keeps for it."""
 
 from __future__ import annotations
 

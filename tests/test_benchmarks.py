@@ -1,4 +1,4 @@
-"""The benchmarks in `examples/benchmarks`: what they compute from times, and that the floor is the frozen model's."""
+"""The benchmarks in `examples/benchmarks`: what they compute from times, and that the floor is the frozen model."""
 
 import statistics
 import subprocess

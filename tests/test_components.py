@@ -1,4 +1,4 @@
-"""What of a block is edited: each component at the tensor that it names, in tiny random models of every family."""
+"""Components of a block: each edits the tensor that it names, in tiny random models of every family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft_reft import ReftConfig
 from peft_reft.components import COMPONENTS
 from peft_reft.layer import layers
 
-# What the self-attention and the MLP of a block add to the residual stream: names of the modules that put it out.
+# Names of the modules whose outputs the self-attention and the MLP of a block add to the residual stream.
 LLAMA = ("self_attn.o_proj", "mlp.down_proj")
 BERT = ("attention.output.dense", "output.dense")
 BART = ("self_attn.out_proj", "fc2")
@@ -77,7 +77,7 @@ def sites_of(model: nn.Module, side: str = "output") -> set[str]:
 
 
 def reference_of(model: PeftModel, base: nn.Module, spec: str, adapter: str = "default") -> Reference:
-    """The oracle with the parameters of an adapter, on a base of its own; sites by the names that they have there."""
+    """The oracle with the parameters of an adapter, on a separate base; sites by their names there."""
     sites, inputs = {}, {}
     names = {module: name for name, module in model.get_base_model().named_modules()}
     for layer in layers(model):
@@ -98,7 +98,7 @@ def inputs_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def roles_of(name: str, site: str) -> str:
-    """The encoder's tokens are the prompt; without one, all tokens that are handed over."""
+    """The encoder's tokens are the prompt; without an encoder, all tokens passed in."""
     if not ZOO[name].encoder or site.startswith(f"{ZOO[name].encoder}."):
         return "p" * 7
     return "c" * (4 if ZOO[name].task_type else 7)

@@ -1,4 +1,4 @@
-"""What a config refuses, how it is stored, and the registration that an import makes."""
+"""What a config refuses, how it is stored, and the registration on import."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_every_field_is_explained_in_the_docstring_and_in_its_metadata():
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, object]:
-    """What an interpreter finds that meets the package while unpickling, and then imports all of it a second time."""
+    """What an interpreter finds that first imports the package while unpickling, and then imports all of it again."""
     pickled = pickle.dumps((ReftConfig(r=3), ReftConfig().peft_type))
     code = f"""
 import json, pickle, sys, torch, peft, transformers

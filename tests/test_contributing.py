@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md, run as it stands there."""
+"""Runs the worked example of CONTRIBUTING.md, unchanged."""
 
 from __future__ import annotations
 

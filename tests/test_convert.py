@@ -1,4 +1,4 @@
-"""Adapters of pyreft: converted ones repeat what pyreft computed, what has no counterpart is refused by name."""
+"""Adapters of pyreft: converted ones reproduce its outputs, and options without a counterpart are refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load(converted):
 
 @torch.no_grad()
 def run(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the fixtures hold of a pass, by their names: hidden.0 is what the embedding puts out."""
+    """The tensors that the fixtures store of a pass, by name: hidden.0 is the embedding's output."""
     names = ("input_ids", "attention_mask", "labels")
     output = model(**{name: inputs[name] for name in names if name in inputs}, output_hidden_states=True)
     *residual, normed = output.hidden_states
@@ -180,7 +180,7 @@ def base(tmp_path) -> LlamaForCausalLM:
 
 
 def draw(method: str, units: int = 1, component: str = "block_output", layers=LAYERS, **options):
-    """Interventions by layer, and what pyreft would save of them by place."""
+    """Interventions by layer, and the state that pyreft would save for them, by place."""
     tensors, states = {}, {}
     for layer in layers:
         tensors[layer] = []

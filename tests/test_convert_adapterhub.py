@@ -1,4 +1,4 @@
-"""Adapters of AdapterHub's `adapters`: converted ones repeat what it computed (see fixtures/adapterhub/make.py)."""
+"""Adapters of AdapterHub's `adapters`: converted ones reproduce its outputs (see fixtures/adapterhub/make.py)."""
 
 from __future__ import annotations
 

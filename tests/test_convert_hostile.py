@@ -1,4 +1,4 @@
-"""Folders made to do harm: `convert` says which file is wrong, runs nothing in it and takes little memory."""
+"""Malicious folders: `convert` says which file is wrong, runs no code from it and takes little memory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def attempt(source: Path, connection) -> None:
 
 
 def outcome(source: Path) -> tuple | None:
-    """What a conversion, in a process of its own, raises; None if it succeeds. It may take neither long nor much."""
+    """The error of a conversion in a new process, None if it succeeds; limits its time and memory."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=attempt, args=(source, sender))
     process.start()

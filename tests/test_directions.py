@@ -1,4 +1,4 @@
-"""`directions_from_pairs`: differences of means over the tokens that were asked for, by loops over single texts."""
+"""`directions_from_pairs`: differences of means over the chosen tokens, compared with loops over single texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGINS = {"in the middle": (1, 1), "longer": (2, 2), "at the start": (0, 0), "go
 
 @torch.no_grad()
 def state(text: str, layer: int) -> torch.Tensor:
-    """`[tokens, d]` behind a block."""
+    """The output of a block, `[tokens, d]`."""
     model, seen = tiny.llama(), []
     model.model.layers[layer].register_forward_hook(lambda module, args, output: seen.append(output[0]))
     model(input_ids=torch.tensor([TOKENIZER(text).input_ids]))

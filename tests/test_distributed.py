@@ -56,7 +56,7 @@ def launch(config: str, folder: Path, *cases: str) -> None:
 
 
 def check(distributed: Path, single: Path, name: str) -> None:
-    """A distributed run of a case saw what a run in one process sees, and its adapter works anywhere."""
+    """A distributed run of a case has the same numbers as a run in one process, and its adapter works anywhere."""
     distributed_worker.train(single, name, 1, use_cpu=True)
     adapter, expected = (load_file(folder / name / "adapter_model.safetensors") for folder in (distributed, single))
     torch.testing.assert_close(adapter, expected, **NOISE, msg=lambda text: f"{name}: {text}")
@@ -86,7 +86,7 @@ def test_two_processes_train_what_one_process_trains(config, tmp_path):
 
 
 def check_bfloat16(distributed: Path, single: Path, config: str) -> None:
-    """The mixed precision of the shipped configurations costs what it costs one process; the adapter is in float32."""
+    """The shipped configurations' mixed precision rounds as much as in one process; the adapter is in float32."""
     distributed_worker.train(single, "bf16", 1, use_cpu=True)
     folders = {"distributed": distributed / "bf16", "single": single / "bf16", "float32": single / "shared"}
     logs = {name: torch.load(folder / "0.pt")["logs"] for name, folder in folders.items()}

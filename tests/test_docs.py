@@ -242,7 +242,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 def phrases() -> list[str]:
-    """The first column of the tables of the troubleshooting page: what distinguishes a message."""
+    """The first column of the tables of the troubleshooting page: the phrase that identifies a message."""
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
     return [phrase for cell in cells for phrase in re.findall(r"`([^`]+)`", cell)]

@@ -1,7 +1,7 @@
-"""Every door: whichever way a pass reaches the model, it edits the same tokens, or says why it cannot.
+"""Every entry point: however a pass reaches the model, it edits the same tokens, or says why it cannot.
 
-What a pass should give is the same model's answer to each sequence alone and called the ordinary way, which
-`test_routes.py` compares with the loop reference.
+The expected output is the same model's for each sequence alone, called in the ordinary way, which `test_routes.py`
+compares with the loop reference.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def test_stand_ins_keep_signature_and_documentation():
 
 @torch.no_grad()
 def test_a_forward_that_somebody_puts_in_place_later_still_edits():
-    """As Liger does, whose forward knows labels of its own."""
+    """Like Liger, whose forward takes the labels itself."""
     model = adapted("l1")
     base = model.get_base_model()
     expected = model(input_ids=IDS, labels=LABELS).logits

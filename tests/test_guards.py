@@ -1,4 +1,4 @@
-"""What the package takes from PEFT, Transformers, TRL and bitsandbytes without their promise: renames show up here."""
+"""The undocumented parts of PEFT, Transformers, TRL and bitsandbytes that the package uses: renames show up here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PAIRS = [(ReftModel, BaseTuner), (ReftLayer, BaseTunerLayer), (ReftConfig, PeftC
 
 
 def overridden(ours: type, base: type) -> list[str]:
-    """Names of the functions and properties of a class that stand in for those of a base class."""
+    """Names of the functions and properties of a class that override a base class's."""
     kinds = (staticmethod, classmethod, property)
     return [
         name
@@ -151,7 +151,7 @@ def test_peft_tells_excluded_modules_apart_by_the_class_that_is_used_here():
 
 
 def captured_mask(model, ids: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `generate` puts out without a mask, and the mask that Transformers infers meanwhile."""
+    """The output of `generate` without a mask, and the mask that Transformers infers for it."""
     base, masks = model.get_base_model(), []
     infer = type(base)._prepare_attention_mask_for_generation
 

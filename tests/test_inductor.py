@@ -1,4 +1,4 @@
-"""Compiled by inductor, as `torch.compile` does by default: edits as the model that is not compiled. Minutes; slow.
+"""Compiled by inductor, the default of `torch.compile`: the same edits as without compilation. Minutes; slow.
 
 The ordinary suite compiles with backend="eager", which tests what the graphs hold; here the kernels run, too.
 """

@@ -222,7 +222,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def evaluated(tasks, smollm2, adapters):
-    """Name of each task -> what the harness noted of each of its documents; each run once."""
+    """Name of each task -> the harness's record of each of its documents; each task runs once."""
     manager, kept = TaskManager(include_path=str(tasks)), {}
 
     def run(model: str, adapter: str | None, batch_size: int, chat: bool = False) -> dict[str, list]:

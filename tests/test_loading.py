@@ -1,4 +1,4 @@
-"""Weights that do not fit the adapter or the model are refused or said, where PEFT would drop them."""
+"""Weights that do not fit the adapter or the model raise an error or a warning, where PEFT would drop them."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ def test_an_unknown_adapter_is_named():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_a_merge_in_half_precision_is_as_good_as_that_of_lora(dtype):
-    """Rounding of the merged weights is all that is lost: 0.4 % for bfloat16, more in the logits, as for LoRA."""
+    """Only the rounding of the merged weights is lost: 0.4% for bfloat16, more in the logits, as for LoRA."""
     errors = {}
     for name, config in (("reft", reft(positions="all", component=PARTS)), ("lora", lora(target_modules="all-linear"))):
         torch.manual_seed(1)
@@ -684,7 +684,7 @@ def test_a_quantized_model_is_merged_as_well_as_quantization_allows(bits, kind, 
 def test_a_merge_of_a_quantized_model_loses_no_more_than_that_of_lora(bits, kind, tmp_path):
     """Error of the merged weights themselves, relative to the exact ones, at the same layer.
 
-    Measured here on a 2-core CPU (torch 2.13.0, bitsandbytes 0.50.2): NF4 9.1 % (LoRA 9.2 %), int8 0.57 % (0.59 %).
+    Measured here on a 2-core CPU (torch 2.13.0, bitsandbytes 0.50.2): NF4 9.1% (LoRA 9.2%), int8 0.57% (0.59%).
     """
     errors = {}
     for name in ("reft", "lora"):

@@ -1,4 +1,4 @@
-"""What goes wrong is said with its cause and a remedy: in loading, in steering, in what a model cannot do."""
+"""Messages name a cause and a remedy: in loading, in steering, and for what a model cannot do."""
 
 from __future__ import annotations
 

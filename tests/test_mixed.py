@@ -1,4 +1,4 @@
-"""One adapter a row (`adapter_names`) equals each row alone with its adapter active, and takes one pass."""
+"""One adapter per row (`adapter_names`) equals each row alone with its adapter active, and takes one pass."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def peft_model(base, adapters=None, task_type="CAUSAL_LM", config=reft) -> Mixed
 
 
 def base_route(base, *args, **kwargs) -> Mixed:
-    """Calls that go round the PeftModel."""
+    """Calls that bypass the PeftModel."""
     mixed = peft_model(base, *args, **kwargs)
     return Mixed(mixed.model.get_base_model(), mixed.use, mixed.active)
 
@@ -202,7 +202,7 @@ def assert_generated(mixed: Mixed, names=NAMES, repeats: int = 1, **kwargs) -> N
 
 
 def same_tokens(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to padding behind."""
+    """Equal up to trailing padding."""
     steps = min(got.shape[1], expected.shape[1])
     behind = torch.cat([got[:, steps:], expected[:, steps:]], dim=1)
     # Beam search fills up with the end of sequence where padding is token 0.
@@ -519,7 +519,7 @@ def test_the_number_of_operations_does_not_grow_with_the_adapters(settings):
 
 
 def test_a_decode_step_runs_the_operations_of_the_base_model():
-    """Edits of the prompt leave generated tokens alone, in the same operations on the same shapes."""
+    """Edits of the prompt do not touch generated tokens: same operations on the same shapes."""
     prompt_only = {"a": {}, "b": {"positions": "f1+l3", "share_weights": False, "r": 2}, "c": {"intervention": "red"}}
     mixed = peft_model(tiny.llama(), prompt_only)
     names = ["a", "b", "c", BASE, "a", "b"]

@@ -57,7 +57,7 @@ OPTIONS = {"report_to": "none", "max_steps": 1, "per_device_train_batch_size": 2
 
 
 def batch_of(family: Family, image_token: int) -> dict[str, torch.Tensor]:
-    """Two rows, each with an image behind its first token; the second is shorter, padded on the right."""
+    """Two rows, each with an image after its first token; the second is shorter, padded on the right."""
     image = [image_token] * family.image_tokens
     rows = [[7, *image, 8, 9, 10, 11], [7, *image, 8, 12]]
     longest = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""The public names beside PEFT's: what LoRA's layers and models offer, ReFT's do too, on every kind of model."""
+"""The public names compared with PEFT's: ReFT's layers and models offer what LoRA's do, on every kind of model."""
 
 from __future__ import annotations
 

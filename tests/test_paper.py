@@ -1,4 +1,4 @@
-"""The paper's suites: prompts, answers, metrics and presets as its recipe has them, and runs that resume."""
+"""The paper's suites: prompts, answers, metrics and presets as in its recipe, and runs that resume."""
 
 from __future__ import annotations
 
@@ -378,7 +378,7 @@ class Interrupted(Exception):
 
 
 class Interrupt(TrainerCallback):
-    """Ends the process, so to say, at the beginning of a step."""
+    """Simulates the end of the process at the beginning of a step."""
 
     def __init__(self, step):
         self.step = step

@@ -1,4 +1,4 @@
-"""The grid of methods, rates and seeds, and the report that is made of its results."""
+"""The grid of methods, rates and seeds, and the report on its results."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def grid_options(tmp_path):
 
 
 def written(rate, best):
-    """What a run writes, the better, the nearer its rate is to the best one."""
+    """The results of a run: the nearer its rate to the best one, the better."""
     line = result("", rate, 42, 0, 80)
     return line | {"picking_scores": {"score": -abs(math.log(rate / best))}, "log": [{"loss": 1.0, "step": 1}]}
 

@@ -79,7 +79,7 @@ def params_of(model: nn.Module, adapter: str = "default") -> dict:
 
 
 def assert_is_base(model: nn.Module, base: nn.Module) -> None:
-    """`model` has nothing that `base`, which never had an adapter, has not, and puts out the same bits."""
+    """`model` has nothing that `base`, which never had an adapter, lacks, and returns the same bits."""
     for module, other in zip(model.modules(), base.modules(), strict=True):
         assert vars(module).keys() == vars(other).keys()
         assert not module._forward_hooks

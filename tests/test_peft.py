@@ -1,4 +1,4 @@
-"""What PEFT users do with an adapter, next to LoRA where both should behave alike."""
+"""The usual operations on an adapter in PEFT, compared with LoRA where both should behave alike."""
 
 from __future__ import annotations
 
@@ -564,7 +564,7 @@ HOOKS = (
 
 
 def traces(model) -> dict:
-    """All that an adapter could leave behind on a model, in a form that can be compared."""
+    """Everything that an adapter could leave on a model, in a form that can be compared."""
     return {
         "modules": [(name, type(module)) for name, module in model.named_modules()],
         "hooks": [{name: list(getattr(module, name).items()) for name in HOOKS} for module in model.modules()],
@@ -595,7 +595,7 @@ def test_unload_leaves_no_trace():
 
 
 def print_nothing(*_) -> None:
-    """A hook of the user's own."""
+    """A user's hook."""
 
 
 def test_an_unloaded_model_takes_a_new_adapter_without_warnings():

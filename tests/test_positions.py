@@ -1,4 +1,4 @@
-"""The position language and the position finder, against the loop reference, for whatever hypothesis comes up with."""
+"""The position language and the position finder, against the loop reference, on examples that hypothesis generates."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def grid(rows: list[tuple[str, tuple[int, int]]]):
 
 
 def codes_of(parsed, labels, real, starts=None):
-    """Codes and prompt, alike however the prompt is told and the finder is called."""
+    """Codes and prompt, checked to be the same however the prompt is given and the finder is called."""
     told = Marks(real, labels=labels, starts=starts)
     prompt = told.prompt_grid()
     codes = told.segments(parsed).grid()
@@ -141,7 +141,7 @@ def role_of_each_token(prompt: list[bool], real: list[bool], labeled: list[bool]
 
 
 def codes_by_loops(spec: str, shared: bool, roles: list[str], turn: int | None) -> list[int]:
-    """One sequence: padding does not count, whichever side or middle it is on; a turn opens a new span."""
+    """One sequence: padding does not count, wherever it is; a turn opens a new span."""
     kept = [i for i, role in enumerate(roles) if role != "-"]
     chosen: dict[int, int] = {}
     if spec == "all":

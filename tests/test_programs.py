@@ -27,7 +27,7 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False}
 
 @pytest.fixture(params=[reft, lora], ids=["reft", "lora"])
 def folder(request, tmp_path) -> Path:
-    """An adapter's folder, whose base model is in another one, with its tokenizer."""
+    """An adapter's folder with its tokenizer; the base model is in another folder."""
     tiny.llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(tiny.llama(), request.param())
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")

@@ -155,7 +155,7 @@ def test_a_training_batch_in_which_nothing_is_edited_warns():
 @pytest.mark.parametrize("spec", ["f7", "l1", "prompt", "f7+l7", "completion"])
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_plain_text_that_was_packed_is_refused_as_it_is_unpacked(in_graph, spec):
-    """TRL's padding-free collator takes the label off each first token."""
+    """TRL's padding-free collator removes the label of each first token."""
     ids = torch.arange(3, 11)[None]
     labels = ids.clone()
     labels[0, [0, 4]] = -100
@@ -179,7 +179,7 @@ def test_a_forward_after_an_exception_plans_anew(batch):
 
 
 def test_the_part_of_the_model_that_owns_the_blocks_can_be_called_alone():
-    """Liger's losses and encoders in `generate` go round the model itself."""
+    """Liger's losses and encoders in `generate` bypass the model itself."""
     pair = make_pair("f2+l1")
     ids = sequences(("ppppp",))
     inner = pair.peft.base_model.model.model
@@ -308,7 +308,7 @@ def test_show_positions_takes_an_answer_as_completion(tokenizer):
 
 
 def test_show_positions_agrees_with_the_pass_itself(tokenizer):
-    """The tokens marked are those whose hidden representation changes behind the first edited layer."""
+    """The marked tokens are those whose hidden representation changes after the first edited layer."""
     pair = make_pair("f2+l1", sites=("model.layers.0",))
     text = "hello world how are you"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]

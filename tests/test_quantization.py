@@ -139,7 +139,7 @@ def test_gradients_are_those_through_the_dequantized_weights(folder, bits, devic
 
 @pytest.fixture
 def repacking(monkeypatch):
-    """bitsandbytes as on a CPU with AVX512-BF16, with a stand-in for its kernel: right values, no gradient."""
+    """bitsandbytes as on a CPU with AVX512-BF16, with a fake kernel: right values, no gradient."""
 
     def kernel(A, B, out=None, state=None):
         with torch.no_grad():
@@ -165,7 +165,7 @@ def packs(model) -> set[bool]:
 
 
 def test_without_protection_an_evaluation_spoils_the_gradients(folder, repacking):
-    """What the tests below protect from. When this fails, bitsandbytes has mended it."""
+    """The bug that the tests below guard against. If this fails, bitsandbytes has fixed it."""
     base = load(folder, four_bits())
     twin, model = with_adapter(dequantized(base)), with_adapter(base)
     expected = adapter_gradients(twin.train())

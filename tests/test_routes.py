@@ -1,4 +1,4 @@
-"""Edits land on the same tokens, with the same values, by whichever route a sequence comes through the model.
+"""Edits land on the same tokens, with the same values, by whichever route a sequence passes through the model.
 
 Every test compares with the loop reference on each sequence alone; its id names the row of the table and the positions.
 """
@@ -112,7 +112,7 @@ def test_prompt_mask(padding, spec, shared):
 
 
 def packed(roles, ids):
-    """One row of documents behind each other, with position ids that restart."""
+    """One row of consecutive documents, with position ids that restart."""
     flat = torch.tensor([[token for tokens in ids for token in tokens]])
     positions = torch.tensor([[i for tokens in ids for i in range(len(tokens))]])
     supervised = torch.tensor([[role == "c" for document in roles for role in document]])
@@ -394,7 +394,7 @@ def test_generate_assisted(spec, shared):
 
 @every_spec
 def test_generate_with_a_custom_decoding_loop(spec, shared):
-    """A decoding function of the user's, which calls the model by itself."""
+    """A user's decoding function, which calls the model itself."""
 
     def decode(model, input_ids, generation_config=None, **model_kwargs):
         cache = DynamicCache(config=model.config)
@@ -571,7 +571,7 @@ def test_a_cache_cropped_to_the_prompt_starts_a_new_turn_there():
 
 
 def test_generate_takes_a_prompt_mask():
-    """A conversation handed over whole: its earlier answers are no prompt."""
+    """A whole conversation is passed in: its earlier answers are not prompt."""
     pair = make_pair("f2+l3", True)
     roles = "pppccppp"
     (tokens,) = sequences((roles,))

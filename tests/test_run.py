@@ -1,4 +1,4 @@
-"""`peft_reft.run` and the command `peft-reft`: programs that know nothing of ReFT load its adapters."""
+"""`peft_reft.run` and the command `peft-reft`: programs that do not know ReFT load its adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving: nothing outside the adapter's own folder is touched, and whoever is killed leaves an adapter that loads."""
+"""Saving: nothing outside the adapter's folder is touched, and a killed process leaves an adapter that loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What serving needs that knows nothing of an engine: positions of chunks, batches of edits, adapters, names, keys."""
+"""The parts of serving that need no engine: positions of chunks, batches of edits, adapters, names, keys."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def hidden_of(output) -> torch.Tensor:
 
 
 def watch(model: nn.Module, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What the named modules put out before and after any hook that is on them now; filled in each forward pass."""
+    """Outputs of the named modules before and after all hooks that they have now; filled in each forward pass."""
     before, after = {}, {}
     for name in names:
         module = model.get_submodule(name)
@@ -323,7 +323,7 @@ def test_a_module_with_a_child_of_the_same_name_is_refused_before_anything_is_to
 
 
 class Mixer(nn.Module):
-    """`[batch, tokens, features]` in and out; its blocks return what `wrap` makes of their output."""
+    """`[batch, tokens, features]` in and out; its blocks return `wrap` of their output."""
 
     class Block(nn.Module):
         def __init__(self, wrap):

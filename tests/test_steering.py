@@ -1,4 +1,4 @@
-"""Strength, subspaces, directions and edit norms: the same handle that finetunes also interprets and steers."""
+"""Strength, subspaces, directions and edit norms: the adapter that finetunes also interprets and steers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interventions(model, adapter="default") -> dict[int, torch.nn.Module]:
 
 @torch.no_grad()
 def states(model, ids=IDS, **kwargs) -> list[torch.Tensor]:
-    """What each block puts out."""
+    """The output of each block."""
     seen = []
     handles = [
         block.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
@@ -450,7 +450,7 @@ def test_directions_that_span_no_subspace_are_refused_before_anything_is_set(dir
 
 
 class Letters:
-    """A tokenizer: one token a letter."""
+    """A tokenizer: one token per letter."""
 
     all_special_ids = ()
 

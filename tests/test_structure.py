@@ -1,4 +1,4 @@
-"""The package is built as CONTRIBUTING says: imports point one way, functions fit on a screen, passes walk straight."""
+"""The structure that CONTRIBUTING describes: one-way imports, short functions, passes that seldom change files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers: a ReftConfig where a LoraConfig would stand. Tokens and values are compared with the reference."""
+"""TRL's trainers with a ReftConfig in place of a LoraConfig. Tokens and values are compared with the reference."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def reference_of(trainer, spec: str, shared: bool = True) -> Pair:
-    """The trainer's model beside the reference with the same parameters on the same layers."""
+    """The trainer's model, and the reference with the same parameters on the same layers."""
     prefix = "base_model.model."
     sites = [
         n.removeprefix(prefix).removesuffix(".reft") for n, _ in trainer.model.named_modules() if n.endswith(".reft")

@@ -1,4 +1,4 @@
-"""What the README says about versions is what ran, and CI tells a change's failures from those of a release."""
+"""The README's versions are those that ran, and CI distinguishes a change's failures from a release's."""
 
 from __future__ import annotations
 

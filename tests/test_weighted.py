@@ -95,7 +95,7 @@ def test_red():
 
 
 def orthogonal(overlap: float = 0.0) -> PeftModel:
-    """Two adapters on coordinates 0-3 and 4-7 of the hidden representation, but for the cosine `overlap`."""
+    """Two adapters on coordinates 0-3 and 4-7 of the hidden representation, except for the cosine `overlap`."""
     model = with_adapters({}, {})
     axes = torch.eye(tiny.HIDDEN)
     mine, theirs = axes[:4], axes[4:8].clone()

@@ -155,7 +155,7 @@ def test_trained_saved_and_loaded_in_a_new_process(tmp_path):
 
 
 def test_training_goes_on_after_loading(tmp_path):
-    """As if it had not been interrupted, with an optimizer without state."""
+    """The same as without an interruption, with an optimizer without state."""
 
     def descend(model):
         model(input_ids=IDS, labels=LABELS).loss.backward()

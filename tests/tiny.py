@@ -227,7 +227,7 @@ ALBERT = Tiny("AlbertModel", _BERT | {"embedding_size": HIDDEN // 2}, "encoder.a
 
 
 def bert2bert() -> transformers.EncoderDecoderModel:
-    """A decoder that attends to an encoder of a class of its own."""
+    """A decoder that attends to an encoder of another class."""
     encoder = Tiny("BertModel", _BERT, "").build()
     decoder = Tiny("BertLMHeadModel", _BERT | {"is_decoder": True, "add_cross_attention": True}, "").build()
     return transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()

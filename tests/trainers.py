@@ -1,4 +1,4 @@
-"""What every trainer of the tests is told: a few steps on a CPU, without files and reports."""
+"""The arguments of every trainer in the tests: a few steps on a CPU, without files and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine in a process of its own: reads what to do from the file that it is given, writes its answers beside it."""
+"""One engine in a new process: reads its task from a file, and writes its answers beside it."""
 
 from __future__ import annotations
 

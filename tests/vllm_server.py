@@ -19,7 +19,7 @@ OPTIONS += ["--block-size", "32", "--max-model-len", "256"]
 
 
 class Server:
-    """vLLM's OpenAI server on loopback, in a process of its own."""
+    """vLLM's OpenAI server on loopback, in a new process."""
 
     def __init__(self, model: Path, config: dict, log: Path, *arguments: str, **environment: str) -> None:
         with socket.socket() as free:

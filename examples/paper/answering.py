@@ -35,7 +35,7 @@ Suite = type[Commonsense] | type[Arithmetic] | type[Instruct] | LabelWords | Com
 
 @dataclass
 class GenerationArguments(PaperArguments):
-    """And what is asked of generation."""
+    """The run's options, and those of generation."""
 
     dev_rows: int = field(
         default=0,
@@ -49,7 +49,7 @@ class GenerationArguments(PaperArguments):
 
 
 class GenerationRun:
-    """A suite, what is asked of it, and the run's folder."""
+    """A suite, its options, and the run's folder."""
 
     arguments_type = GenerationArguments
 
@@ -99,7 +99,7 @@ class GenerationRun:
         )
 
     def split(self) -> tuple[list[Row], list[Row]]:
-        """The rows to train on, and those kept back."""
+        """The rows to train on, and the held-out ones."""
         rows = self.without_hopeless(self.train_rows())
         end = len(rows) - self.arguments.dev_rows
         if end < 1:
@@ -107,7 +107,7 @@ class GenerationRun:
         return rows[:end], rows[end:]
 
     def pairs(self, rows: list[Row]) -> Dataset:
-        """What TRL takes; it ends completions with the end-of-sequence token."""
+        """Rows in TRL's format; TRL ends completions with the end-of-sequence token."""
         return Dataset.from_list(
             [{"prompt": self.suite.prompt(row), "completion": self.suite.completion(row)} for row in rows]
         )
@@ -134,7 +134,7 @@ class GenerationRun:
         return kept
 
     def test_rows(self, task: str) -> tuple[list[Row], str] | None:
-        """Drawn rows of a task's test data, and where they are from; None if there are none."""
+        """Drawn rows of a task's test data, and their source; None if there are none."""
         data = self.arguments.data
         if is_folder(data):
             # A checkout of LLM-Adapters has dataset/<task>/test.json.
@@ -145,7 +145,7 @@ class GenerationRun:
         return (draw(rows, self.arguments.eval_rows), f"{data}, test") if rows else None
 
     def tests(self) -> dict[str, tuple[list[Row], str]]:
-        """The test rows of all tasks, and where they are from."""
+        """The test rows of all tasks, and their sources."""
         tests = {task: found for task in self.tasks if (found := self.test_rows(task)) is not None}
         if missing := [task for task in self.tasks if task not in tests]:
             message = f"There are no test data of {', '.join(missing)} in {self.arguments.data}"
@@ -155,7 +155,7 @@ class GenerationRun:
         return tests
 
     def answers(self, model: PreTrainedModel, task: str, rows: list[Row]) -> list[str]:
-        """Prompts with the texts that follow; kept in `generations/`, so that an interrupted evaluation goes on."""
+        """Prompts with the generated texts; kept in `generations/`, so that an interrupted evaluation resumes."""
         prompts = [self.suite.prompt(row) for row in rows]
         file = self.run.folder / "generations" / f"{task}.jsonl"
         head = {
@@ -184,11 +184,11 @@ class GenerationRun:
 
 
 def _read_generations(file: Path, head: dict[str, Any], prompts: list[str]) -> dict[int, str]:
-    """What an earlier evaluation in the same terms has written; starts the file anew if it was in others."""
+    """The results of an earlier evaluation with the same settings; starts the file anew if the settings differ."""
     done = {}
     if file.exists():
-        # Not splitlines, which takes more for ends of lines than JSON does. What an interrupted run did not write to
-        # the end has none.
+        # Not splitlines, which splits at more characters than JSON's line breaks. An incomplete line of an interrupted
+        # run has no line break.
         first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]] or [None]
         asked = dict(enumerate(prompts))
         if first == head and all(asked.get(line["number"]) == line["prompt"] for line in lines):

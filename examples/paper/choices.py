@@ -28,7 +28,7 @@ from peft_reft import ReftConfig, prompt_mask_of
 
 @dataclass(frozen=True)
 class LabelWords:
-    """A task of GLUE that is asked in words. `words` are the answers of its labels, in their order."""
+    """A task of GLUE as a question in words. `words` are the answers for its labels, in order."""
 
     tasks: tuple[str, ...]
     template: str
@@ -91,7 +91,7 @@ class CommonsenseChoices:
 
     @staticmethod
     def parts(row: Row) -> tuple[str, list[str]]:
-        """The question and its answers, out of the paper's prompt."""
+        """The question and its answers, extracted from the paper's prompt."""
         text = row["instruction"].rpartition("Answer format:")[0].strip()
         if row["task"] == "boolq":
             return text.partition("question: ")[2], ["no", "yes"]

@@ -58,7 +58,7 @@ QUICK = {"data": str(SAMPLES / "glue"), "num_train_epochs": 2.0, "per_device_tra
 
 @dataclass
 class GlueArguments(PaperArguments):
-    """And what is asked of classification. Its data are on the hub."""
+    """The run's options, and those of classification. Its data are on the hub."""
 
     data: str = field(
         default="nyu-mll/glue", metadata={"help": "Folder of the data, or the name of a data set on the hub."}
@@ -109,7 +109,7 @@ def split_rows(arguments: GlueArguments, task: str, seed: int, trains: bool) -> 
 
 
 def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
-    """Train one task, keep the epoch that is best on the rows that pick it, score on others."""
+    """Train one task, keep the best epoch on the rows that pick it, and score on the others."""
     arguments, training = parse(argv, GlueArguments, TrainingArguments, "glue", DEFAULTS, QUICK, task)[:2]
     training.output_dir = str(Path(training.output_dir, task))
     run = Run("glue", Path(training.output_dir), arguments, training, "SEQ_CLS")
@@ -140,7 +140,7 @@ def run_task(argv: Sequence[str] | None, task: str) -> dict[str, Any]:
 
 
 def metrics_of(evaluation: dict[str, float]) -> dict[str, float]:
-    """Without what the trainer adds about itself."""
+    """Without the entries that the trainer adds about itself."""
     names = {"score", "standard_error", *METRICS}
     evaluation = {name.removeprefix("eval_"): value for name, value in evaluation.items()}
     return {name: value for name, value in evaluation.items() if name in names}

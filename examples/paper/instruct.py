@@ -38,7 +38,7 @@ QUICK = {
 
 
 def questions(this: GenerationRun) -> tuple[list[Row], str]:
-    """The rows to answer, and where they are from."""
+    """The rows to answer, and their source."""
     data = this.arguments.eval_data
     if data is None:
         return draw(this.split()[1], this.arguments.eval_rows), "kept back"
@@ -48,7 +48,7 @@ def questions(this: GenerationRun) -> tuple[list[Row], str]:
 
 
 def model_outputs(rows: Sequence[Row], texts: Sequence[str], generator: str, source: str) -> list[dict[str, str]]:
-    """What AlpacaEval's command reads as `--model_outputs`."""
+    """The rows that AlpacaEval's command reads as `--model_outputs`."""
     return [
         {
             "instruction": "\n\n".join(filter(None, (row["instruction"], row.get("input")))),

@@ -31,7 +31,7 @@ QUICK = {"num_train_epochs": 1.0, "train_rows": 64, "eval_rows": 16, "logging_st
 
 @dataclass
 class LikelihoodArguments(GenerationArguments):
-    """And what is asked."""
+    """The run's options, and the questions."""
 
     questions: str = field(default="sst2", metadata={"help": "What is asked.", "choices": list(QUESTIONS)})
 

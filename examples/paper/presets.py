@@ -151,7 +151,7 @@ GLUE_PRESETS = {
 
 
 def recipe(suite: str, preset: str, task: str | None = None) -> Recipe:
-    """What `--preset` stands for in a suite, and in one task of GLUE."""
+    """The preset of a name in a suite, and in one task of GLUE."""
     presets = GLUE_PRESETS if suite == "glue" else GENERATION_PRESETS[suite]
     if preset not in presets:
         raise SystemExit(f"There is no recipe for --preset {preset} in {suite}; there are {', '.join(presets)}.")

@@ -78,7 +78,7 @@ def tensors(batch: dict[str, list]) -> dict[str, torch.Tensor]:
 
 
 def train(model: PeftModel, batches: list[dict[str, list]], learning_rate: float, title: str) -> dict[str, Any]:
-    """What `pyreft_worker.py` does, with this package."""
+    """The same as `pyreft_worker.py`, with this package."""
     model.eval()  # no dropout anywhere, as there
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

@@ -213,14 +213,14 @@ def small_beside_lora(tasks: dict[str, list[Method]]) -> list[str]:
         best = max(small, key=lambda method: method.best["quality"])
         baseline = next((method for method in methods if not method.parameters), None)
         within = best.error is not None and best.score >= lora.score - (lora.error or 0.0)
-        marks = ["" if method.complete else " †" for method in (best, lora)]
+        marks = ["" if method is None or method.complete else " †" for method in (best, lora, baseline)]
         cells = [
             TASKS[task].title,
             f"{best.label}{marks[0]}",
             f"{best.parameters:,}, 1/{lora.parameters / best.parameters:.0f}",
             best.with_error(),
             f"{lora.with_error()}{marks[1]}",
-            "-" if baseline is None else f"{baseline.score:.1f}",
+            "-" if baseline is None else f"{baseline.score:.1f}{marks[2]}",
             "yes" if within else "no",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""What the suites' scripts share: arguments, data, starting, resuming and recording a run.
+"""Shared by the suites' scripts: arguments, data, starting, resuming and recording a run.
 
 Import it before torch, Transformers and Datasets (hence `isort: split`): it sets what they read from the environment.
 """
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 if "--quick" in sys.argv:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads that spin while they wait make a CPU which other programs use too several times slower.
+# Threads that spin while they wait make a CPU that is shared with other programs several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -52,7 +52,7 @@ SAMPLES = Path(__file__).resolve().parent / "data"
 
 @dataclass
 class PaperArguments:
-    """What is asked of a run, besides the trainer's arguments. Without a value: the preset's."""
+    """The options of a run besides the trainer's arguments. None stands for the preset's value."""
 
     preset: str | None = field(
         default=None,
@@ -183,7 +183,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def find_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of `names` that there is."""
+    """The first of `names` that exists."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
@@ -235,7 +235,7 @@ class Run:
             self.configuration_file.write_text(json.dumps(self.configuration, indent=2))
 
     def _compare(self, old: dict[str, Any]) -> None:
-        """Refuse to go on with what was trained with other settings, or to evaluate it as if it had these."""
+        """Refuse to resume or evaluate a run that was trained with other settings."""
         evaluates = self.arguments.eval_only
         may_differ = _NOT_TRAINING | ({"data", "dtype"} if evaluates else set())
         new = self.configuration["arguments"] | ({} if evaluates else self.configuration["training_arguments"])
@@ -321,13 +321,13 @@ class Run:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last one that is complete: the trainer writes its state after all else."""
+    """The last complete checkpoint: the trainer writes its state after everything else."""
     complete = [file.parent for file in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return max(complete, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def jsonable(value: Any) -> Any:
-    """With what JSON does not know as text, and sets as lists."""
+    """A value for JSON: sets as lists, other unknown types as text."""
     return json.loads(json.dumps(value, default=lambda odd: sorted(odd) if isinstance(odd, set) else str(odd)))
 
 
@@ -338,7 +338,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """With a padding token: as in the paper the one for unknown words, if it has none and there is one."""
+    """The tokenizer. A missing padding token becomes the unknown-word token, as in the paper, else the end token."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -72,7 +72,7 @@ class Commonsense:
 
     @staticmethod
     def extract(text: str, gold: str) -> str:
-        """The answer in prompt and generated text together."""
+        """The answer in the prompt followed by the generated text."""
         return after(text, COMMONSENSE_MARK)
 
     @staticmethod
@@ -97,7 +97,7 @@ class Arithmetic:
 
     @staticmethod
     def extract(text: str, gold: str) -> str:
-        """The last number, without commas, or the first letter A to E; nothing where there is none."""
+        """The last number, without commas, or the first letter A to E; empty if there is none."""
         text = after(text, RESPONSE_MARK)
         if is_number(gold):
             numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
@@ -208,7 +208,7 @@ def validation_halves(rows: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def majority(answers: Sequence[str]) -> float:
-    """Percentage of the most frequent gold answer: what a model gets that always says the same."""
+    """Percentage of the most frequent gold answer: the score of a model that always gives it."""
     return 100 * max(Counter(answers).values()) / len(answers)
 
 
@@ -228,7 +228,7 @@ def generate(
     """
     if not prompts:
         return
-    # What training ends its answers with, which the base model's own configuration need not know.
+    # Training ends answers with this token, which the base model's configuration may not have.
     options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} | options
     model.eval()
     lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
