@@ -118,6 +118,20 @@ _DBRX = DbrxAttentionConfig(kv_n_heads=2, clip_qkv=8)
 _DBRX.rope_theta = 10000.0
 _SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "image_size": 32, "patch_size": 2}
 _DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+_DETR = {
+    "backbone_config": {
+        "model_type": "rt_detr_resnet",
+        "embeddings_size": 10,
+        "hidden_sizes": [10, 20, 30, 40],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "encoder_in_channels": [20, 30, 40],
+    "decoder_in_channels": [32, 32, 32],
+    "num_queries": 12,
+    "num_denoising": 0,
+    "anchor_image_size": None,
+}
 _CONVOLUTIONS = {"conv_kernel": [3, 3, 3]}
 # What families need beyond that: model_type -> fields.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -187,12 +201,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "voxtral": {"text_config": {"num_key_value_heads": 2}},
     "lilt": {"hidden_size": 48},
+    "bros": {"hidden_size": 128},
+    "sam_vision_model": {"num_pos_feats": 16},
+    "sam_hq_vision_model": {"num_pos_feats": 16},
+    "sam_hq_mask_decoder": {"vit_dim": 32},
+    "rt_detr": _DETR,
+    "rt_detr_v2": _DETR,
+    "bridgetower": {
+        "hidden_size": 64,
+        "vision_config": {"hidden_size": 64},
+        "text_config": {"hidden_size": 64},
+    },
+    "step3p7_text": {"sliding_window": 64},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "omniasr_audio": {"conv_kernel": [3, 3, 3]},
     "blip-2": {"image_token_index": 9},
     "instructblip": {"image_token_index": 9},
     "apertus1p5": {"image_token_offset": 128, "audio_token_offset": 256, "text_config": {"vocab_size": 512}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "qformer_config": {"model_type": "blip_2_qformer"}},
     "glm5_next_text": {"qk_rope_head_dim": 0, "qk_nope_head_dim": 8, "index_kpool": 16},
-    "nemotron_h_omni": {"video_temporal_patch_size": None},
+    "nemotron_h_omni": {"video_temporal_patch_size": 1},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "speecht5": {"conv_kernel": [3, 3, 3], "conv_dim": [16, 16, 16], "conv_stride": [4, 4, 2]},

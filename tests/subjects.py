@@ -208,7 +208,9 @@ class Subject:
             # Some classify at the end of the sequence, and make the decoder's tokens themselves.
             yield {**text, "input_ids": self._ended(ids, torch.ones_like(ids))}
             codebooks = self._setting("num_codebooks", default=1)
-            yield from ({"input_ids": ids.repeat(codebooks, 1)}, {"input_ids": ids[..., None].repeat(1, 1, codebooks)})
+            yield {"input_ids": ids.repeat(codebooks, 1)}
+            # Some have a word beside the codes of a token.
+            yield from ({"input_ids": ids[..., None].repeat(1, 1, count)} for count in (codebooks, codebooks + 1))
         if "hidden_states" in self.parameters:
             yield {"hidden_states": torch.randn(2, 8, HIDDEN)}
         yield from self._among_tokens(ids)
@@ -233,6 +235,10 @@ class Subject:
             patch, grid = self._setting("patch_size", default=8), torch.tensor([[1, 4, 4]] * 2)
             for frames in (self._setting("temporal_patch_size", default=1), 2):
                 yield {name: torch.randn(32, channels * frames * patch**2), grid_name: grid}
+        if "spatial_shapes" in self.parameters:
+            places = torch.randn(2, 16, channels * self._setting("patch_size", default=8) ** 2)
+            told = {"pixel_attention_mask": torch.ones(2, 16), "spatial_shapes": torch.tensor([[4, 4]] * 2)}
+            yield {"pixel_values": places, **told}
         if "visual_feats" in self.parameters:
             yield {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
 
@@ -256,7 +262,8 @@ class Subject:
         if "input_values" in self.parameters:
             for shape in ((2, 2000), (2, 1, 2000), (2, 4000), (2, 1, 4000)):
                 yield {"input_values": torch.randn(shape)}
-            yield {"input_values": torch.randn(2, self._setting("max_length", default=64), bins)}
+            for width in (bins, HIDDEN):
+                yield {"input_values": torch.randn(2, self._setting("max_length", default=64), width)}
         if "input_features" in self.parameters:
             for length in (2 * (self._setting("max_source_positions", default=16) or 16), 32, 64):
                 masks = {name: torch.ones(2, length).bool() for name in self.parameters & {"input_features_mask"}}
