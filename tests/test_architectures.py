@@ -338,6 +338,11 @@ def test_the_sound_that_generate_is_given_is_the_prompt():
     ids = torch.randint(10, 33, (2 * base.config.num_codebooks, 5))
     # With a cache the base model begins with one token, whatever it is given.
     options = {"max_new_tokens": 3, "do_sample": False, "guidance_scale": 1, "num_return_sequences": 1}
+    try:
+        base.generate(ids, use_cache=False, **options)
+    except AttributeError:
+        pytest.skip(f"MusicGen of Transformers {transformers.__version__} does not generate without a cache")
+    outputs.clear()
     model.generate(ids, use_cache=False, **options)
     edited = [hidden.clone() for hidden in outputs]
     outputs.clear()

@@ -830,6 +830,15 @@ def test_glue_scores_all_validation_rows_if_training_rows_pick_the_epoch(encoder
         glue.main([*encoder, "--tasks", "sst2", "--dev_rows", "40", "--output_dir", str(tmp_path / "none")])
 
 
+def test_standard_error_does_not_depend_on_the_order_of_the_rows():
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(50, 2)), generator.integers(2, size=50)
+    order = generator.permutation(50)
+    assert suites.metrics_with_error("sst2", logits[order], labels[order]) == suites.metrics_with_error(
+        "sst2", logits, labels
+    )
+
+
 def test_standard_error_of_accuracy_is_the_binomial_one():
     labels = np.arange(400) % 2
     predicted = np.where(np.arange(400) % 5 == 0, 1 - labels, labels)

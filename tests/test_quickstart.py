@@ -18,10 +18,11 @@ def _is_emoji(text):
 
 
 @pytest.mark.slow
-def test_quickstart_teaches_emojis(tmp_path):
+@pytest.mark.parametrize("seed", ["42", "1", "2", "3", "4"])
+def test_quickstart_teaches_emojis(tmp_path, seed):
     output = tmp_path / "adapter"
     run = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py", "--output", output],
+        [sys.executable, ROOT / "examples" / "quickstart.py", "--output", output, "--seed", seed],
         capture_output=True,
         text=True,
         timeout=900,

@@ -191,6 +191,9 @@ def glue_metrics(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str,
 
 def metrics_with_error(task: str, logits: np.ndarray, labels: np.ndarray, resamples: int = 500) -> dict[str, float]:
     """The metrics of a task, and the score's standard error over the rows: how far it varies as they are drawn anew."""
+    # Some releases of Transformers evaluate rows in another order each time.
+    order = np.lexsort([*logits.reshape(len(labels), -1).T, labels])
+    logits, labels = logits[order], labels[order]
     generator = np.random.default_rng(0)
     drawn = (generator.integers(len(labels), size=len(labels)) for _ in range(resamples))
     scores = [glue_metrics(task, logits[rows], labels[rows])["score"] for rows in drawn]
