@@ -51,8 +51,10 @@ class Part(NamedTuple):
     side: str = OUTPUT
 
 
-def find_component(block: nn.Module, component: str) -> Part | str:
+def find_component(block: nn.Module, component: str) -> list[Part] | str:
     """One of `COMPONENTS` of a block; the reason, a clause after "because", if the block has none.
+
+    Several where the block is a stage of a vision model, with blocks of its own.
 
     `attention_output` and `mlp_output` are the outputs of the last projections of the self-attention and of the MLP,
     or of these modules themselves where there is no single last projection (mixtures of experts).
@@ -60,7 +62,7 @@ def find_component(block: nn.Module, component: str) -> Part | str:
     if component in ("block_output", "block_input"):
         if not has_output(block):
             return "it is a container that is never called"
-        return Part("", block, INPUT if component == "block_input" else OUTPUT)
+        return [Part("", block, INPUT if component == "block_input" else OUTPUT)]
     return _attention(block) if component == "attention_output" else _mlp(block)
 
 
@@ -69,13 +71,13 @@ def has_output(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _attention(block: nn.Module) -> Part | str:
+def _attention(block: nn.Module) -> list[Part] | str:
     found = [Part(name, module) for name, module in _attentions(block)]
     own = [part for part in found if not _is_cross_attention(part)]
     if not own:
         return "it attends to another stack only" if found else "no attention was found in it"
-    projection = None if multiplies_itself(type(own[0].module)) else _last_projection(own[0])
-    return projection or own[0]
+    chosen = own if all(map(_is_in_list, own)) else own[:1]
+    return [_last_projection(part) or part for part in chosen]
 
 
 @cache
@@ -108,7 +110,20 @@ def _is_cross_attention(part: Part) -> bool:
     return any(sign in text for sign in ("cross", "encdec", "encoder_attn"))
 
 
-def _mlp(block: nn.Module) -> Part | str:
+def _is_in_list(part: Part) -> bool:
+    return any(name.isdigit() for name in part.name.split("."))
+
+
+def _alike(part: Part, other: Part) -> bool:
+    """Whether names differ in their places in lists only."""
+    return _listless(part.name) == _listless(other.name)
+
+
+def _listless(name: str) -> list[str]:
+    return ["#" if part.isdigit() else part for part in name.split(".")]
+
+
+def _mlp(block: nn.Module) -> list[Part] | str:
     attentions = tuple(f"{name}." for name, _ in _attentions(block))
     others = ((name, module) for name, module in named_base_modules(block) if not name.startswith(attentions))
     # Some norms learn their scale by an MLP.
@@ -116,7 +131,7 @@ def _mlp(block: nn.Module) -> Part | str:
     whole = list(_whole_mlps(outside))
     bare = any(name == "experts" for name, _ in outside)
     if bare or any(_has_experts(part.module) for part in whole):
-        return whole[0] if len(whole) == 1 and not bare else _ADDS_UP
+        return whole if len(whole) == 1 and not bare else _ADDS_UP
     if any(part.name.endswith(f"_{other.name}") for part in whole for other in whole):
         # One for text tokens, another for audio tokens (Higgs Audio).
         return _ADDS_UP
@@ -126,10 +141,10 @@ def _mlp(block: nn.Module) -> Part | str:
         if is_linear(module) and name.rpartition(".")[2] in _MLP_PROJECTIONS
     ]
     if found:
-        return found[-1]
-    if len(whole) > 1:
+        return [part for part in found if _alike(part, found[-1])]
+    if any(not _alike(part, whole[0]) for part in whole):
         return f"it has several MLPs ({', '.join(part.name for part in whole)})"
-    return whole[0] if whole else "no MLP was found in it"
+    return whole or "no MLP was found in it"
 
 
 def _whole_mlps(modules: list[tuple[str, nn.Module]]) -> Iterator[Part]:
@@ -155,6 +170,8 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _last_projection(attention: Part) -> Part | None:
+    if multiplies_itself(type(attention.module)):
+        return None
     found = [
         Part(f"{attention.name}.{name}", linear)
         for name, linear in named_base_modules(attention.module)

@@ -38,6 +38,8 @@ _PARTS_OF_BLOCKS: dict[str, dict[str, str | None]] = {
     "MMGroundingDinoEncoderLayer": {"attention_output": "deformable_layer.self_attn.output_proj"},
     # It has an MLP for the text and one for the image, and returns the text first.
     "LxmertXLayer": {"mlp_output": "lang_output.dense"},
+    # It has several MLPs one after another, of which this is the last.
+    "MobileBertLayer": {"mlp_output": "output.dense"},
     # It has both once more for the layout of the page, and returns the text first.
     "LiltLayer": {"attention_output": "attention.output.dense", "mlp_output": "output.dense"},
     # What it calls gated attention weighs the entries of one axis.

@@ -181,10 +181,10 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
     for stack in lists:
         places, past_hooks = Places(model, stack), is_called_past_hooks(model, stack)
         for index in sorted(_indices(len(stack.blocks), config)):
-            part = _part(stack, index, component)
-            reason = places.obstacle(index, part) if isinstance(part, Part) else part
+            parts = _parts(stack, index, component)
+            reason = parts if isinstance(parts, str) else places.obstacle(index, parts[0])
             if reason is None:
-                sites.append(_site_of_part(places, index, part, past_hooks))
+                sites += [_site_of_part(places, index, part, past_hooks) for part in parts]
             else:
                 kind = type(stack.blocks[index]).__name__
                 without.setdefault(f"{kind}: {reason}", []).append(f"{stack.names[index]}")
@@ -204,17 +204,17 @@ def _component_sites(model: nn.Module, lists: list[BlockList], component: str, c
     return sites
 
 
-def _part(stack: BlockList, index: int, component: str) -> Part | str:
+def _parts(stack: BlockList, index: int, component: str) -> list[Part] | str:
     """A component of a block, or the reason why the block has none; its name is relative to the block."""
     block = stack.blocks[index]
     told = parts_of_block(block)
     if component in told:
         name = told[component]
-        return "it has none" if name is None else Part(name, block.get_submodule(name))
+        return "it has none" if name is None else [Part(name, block.get_submodule(name))]
     if not stack.is_loose:
         return find_component(block, component)
     name = part_of_layer(component, index)
-    return "no module is given what the layer is" if name is None else Part(name, stack.owner[1].get_submodule(name))
+    return "no module is given what the layer is" if name is None else [Part(name, stack.owner[1].get_submodule(name))]
 
 
 def _site_of_part(places: Places, index: int, part: Part, past_hooks: bool) -> Site:

@@ -66,8 +66,9 @@ KNOWN: dict[str, Known] = {
     "CvtForImageClassification": Known(
         "edits train", "its head reads the class token alone, which its last stage puts out beside what is edited"
     ),
-    "LevitForImageClassification": Known(
-        "train", "its head normalizes over the batch in training, which takes off what is alike in all of it"
+    "levit": Known(
+        "train attention_output",
+        "its head normalizes over the batch in training, which takes off what is alike in all of it",
     ),
     "reformer": Known(
         "train block_input attention_output mlp_output",

@@ -230,8 +230,8 @@ def test_a_second_adapter_needs_no_second_pass_without_numbers(monkeypatch):
 
 def test_each_part_of_a_vision_block_has_its_own_width():
     sites = find_sites(on_meta("LevitModel"), ReftConfig(positions="all", r=2, component="attention_output"))
-    # All stages but the last make the grid smaller, and the features more, behind their first attention.
-    assert [site.features for site in sites] == [128, 256, 384]
+    # All stages but the last end with an attention that makes the grid smaller, and the features more.
+    assert [site.features for site in sites] == [128, 128, 256, 256, 256, 384, 384, 384]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,26 @@ def test_the_parts_of_a_block_with_two_streams_are_those_of_what_it_returns_firs
     found = [site.name for site in sites if ".decoder." not in f".{site.name}"]
     assert found
     assert found == [part.format(i) for i in range(len(found))]
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "parts"),
+    [
+        ("Swinv2Model", "attention_output", ["blocks.0.attention.output.dense", "blocks.1.attention.output.dense"]),
+        ("Swinv2Model", "mlp_output", ["blocks.0.output.dense", "blocks.1.output.dense"]),
+        ("HieraModel", "mlp_output", ["layers.0.mlp.fc2", "layers.1.mlp.fc2"]),
+    ],
+)
+def test_all_blocks_of_a_stage_are_edited(name, component, parts):
+    model = on_meta(name)
+    sites = find_sites(model, ReftConfig(positions="all", r=2, component=component, layers_to_transform=0))
+    (stack,) = block_lists(model)
+    assert [site.name for site in sites] == [f"{stack.names[0]}.{part}" for part in parts]
+
+
+def test_the_mlp_of_a_block_with_several_is_the_last():
+    sites = find_sites(on_meta("MobileBertModel"), ReftConfig(positions="all", r=2, component="mlp_output"))
+    assert [site.name for site in sites] == [f"encoder.layer.{i}.output.dense" for i in range(len(sites))]
 
 
 def test_an_mlp_in_a_norm_is_not_that_of_the_block():
