@@ -239,15 +239,27 @@ def looks(methods: list[Method]) -> dict[str, tuple[str, str, str]]:
 
 
 def draw_scores(axis: Axes, task: str, methods: list[Method]) -> None:
-    """Score against trainable parameters, a line for each family; what has none is a dashed line."""
+    """Score against trainable parameters, a line for each family; hollow is what is not complete."""
     for family, (color, style, marker) in looks(methods).items():
         members = [method for method in methods if method.family == family]
         if not members[0].parameters:
             axis.axhline(members[0].score, color="#999999", linestyle="--", linewidth=1, label=family)
             continue
-        points = [[getattr(method, name) for method in members] for name in ("parameters", "score")]
-        errors = [method.error or 0.0 for method in members]
-        axis.errorbar(*points, yerr=errors, color=color, linestyle=style, marker=marker, capsize=3, label=family)
+        for complete in (True, False):
+            chosen = [method for method in members if method.complete == complete]
+            if not chosen:
+                continue
+            points = [[getattr(method, name) for method in chosen] for name in ("parameters", "score")]
+            axis.errorbar(
+                *points,
+                yerr=[method.error or 0.0 for method in chosen],
+                color=color,
+                marker=marker,
+                capsize=3,
+                linestyle=style if complete else "none",
+                markerfacecolor=color if complete else "white",
+                label=family if complete or len(chosen) == len(members) else None,
+            )
     reference = next((method for method in methods if method.label == REFERENCE), None)
     if reference is not None and reference.error is not None:
         low, high = reference.score - reference.error, reference.score + reference.error
@@ -295,7 +307,7 @@ EXPLANATION = (
     "at the best rate, which was picked with the first seed by training rows that were kept back. ± is the standard "
     "error of that mean: of the rows that give the score, which all methods and seeds share, and of the seeds. † marks "
     "what is not complete: fewer than four rates or three seeds, or a best rate at the edge of those tried, which * "
-    "marks. The band in the plot is LoRA r=8, q and v, with its standard error."
+    "marks. In the plot that is hollow, and the band is LoRA r=8, q and v, with its standard error."
 )
 
 
