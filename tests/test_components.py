@@ -17,7 +17,7 @@ from tiny import HIDDEN, LAYERS, VOCAB, ZOO, Tiny, in_float64
 from torch import nn
 
 from peft_reft import ReftConfig
-from peft_reft.components import COMPONENTS
+from peft_reft.components import COMPONENTS, find_component
 from peft_reft.layer import layers
 
 # Names of the modules whose outputs the self-attention and the MLP of a block add to the residual stream.
@@ -165,6 +165,16 @@ def test_a_block_that_adds_up_two_mlps_has_no_mlp_output():
     why = r"it (adds up the outputs of|has) several MLPs"
     with pytest.raises(ValueError, match=rf"component='mlp_output' was not found .* {why}"):
         adapted(beside.build(), component="mlp_output")
+
+
+def test_several_mlps_without_a_known_projection_are_named():
+    def mlp() -> nn.Module:
+        return nn.ModuleDict({"expand": nn.Linear(4, 8), "shrink": nn.Linear(8, 4)})
+
+    block = nn.ModuleDict({"sparse_moe": mlp(), "shared_mlp": mlp()})
+    assert find_component(block, "mlp_output") == "it has several MLPs (sparse_moe, shared_mlp)"
+    del block["sparse_moe"]
+    assert [part.name for part in find_component(block, "mlp_output")] == ["shared_mlp"]
 
 
 def test_experts_in_the_attention_are_not_the_mlp():
